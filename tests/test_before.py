@@ -81,6 +81,8 @@ NEW = (
     "base_model",
     "target",
     "target_parameters",
+    "model",
+    "minutes",
     "assumed_seed_sd",
     "assumed_item_sd",
     "metric",

@@ -2,7 +2,8 @@
 
 It makes a world (a grammar of restaurants; with --vision, drawings), a base model that knows it (with --experts, a
 mixture), and a task that the base has never met, and then runs `recipes/demo.yaml` (or demo_vision.yaml,
-demo_experts.yaml) like anyone would.
+demo_experts.yaml) like anyone would. With --model a chat model of one's own takes the place of the base
+(`chat_model.py`, demo_model.yaml).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from rankwise.data.device import DeviceTarget
 from rankwise.data.sources.load import load
 from rankwise.data.template import sections
 from rankwise.demo.base import BaseTraining, spoken, train_text_base, train_vision_base
+from rankwise.demo.chat_model import fitting, require_template
 from rankwise.demo.drawings import FEATURES, captioned, contents, seen, write_conversations
 from rankwise.demo.restaurants import guide, write_task
 from rankwise.errors import UsageError, need
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_folder, read_object
+from rankwise.files.gguf import ENDING
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import find_converter
 from rankwise.models.tiny import SIDE, random_llama, random_mixtral
@@ -33,11 +36,11 @@ from rankwise.pipeline.recipe import find_recipe, load_recipe
 
 @dataclass(frozen=True)
 class World:
-    """How large everything is."""
+    """How large everything is. course: of the base, where one is made."""
 
     train_rows: int
     held_out_rows: int
-    course: BaseTraining
+    course: BaseTraining | None = None
 
 
 REFERENCES, TURNS = 3, 3  # wordings per meaning representation, questions per image
@@ -46,6 +49,8 @@ QUICK_CHANGES = tuple(
     "train.max_steps=4 probe.subset_ratio=0.5 before.num_samples=4 after.num_samples=4 before.max_new_tokens=8 "
     "after.max_new_tokens=8 validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
 )
+MINUTES = 15.0
+PARTS = (("advise", "model_name"), ("before", "model_path"), ("after", "base_model_id"), ("merge", "base_model"))
 QUICK_GAIN = ("ranks.num_samples=6", "ranks.no_plots=true")
 QUICK_ADVICE = tuple(
     f"advise.{change}" for change in "steps=8 ranks=4,2 choose_size=20 confirm_size=20 no_plots=true".split()
@@ -58,11 +63,13 @@ def run(config: DemoConfig) -> Path:
     """Make the base and the data where they are not there yet, run the recipe, and sum up."""
     started = time.monotonic()
     folder = run_folder(config)
+    if config.model:
+        require_template(config.model)
     make(config, folder)
     lacking = lacking_parts()
     if lacking:
         RunFolder(folder).record("demo", {}, {}, 0.0, left_out=f"{', '.join(SHIPPING)}: {lacking}")
-    recipes.run(recipe_config(config, shipping=not lacking))
+    recipes.run(recipe_config(config, shipping=not lacking, sized=sized(config, folder)))
     if lacking:
         print(f"left out: {', '.join(SHIPPING)}: {lacking}")
     print(summary(folder, time.monotonic() - started, kind_of(config).metrics))
@@ -72,6 +79,10 @@ def run(config: DemoConfig) -> Path:
 def check(config: DemoConfig) -> None:
     if config.vision and config.experts:
         raise UsageError("--vision and --experts are two demos: give one of them")
+    if config.model and (config.vision or config.experts):
+        raise UsageError("--vision and --experts make models of their own; leave them out, or --model")
+    if config.minutes is not None and not config.model:
+        raise UsageError("--minutes is for --model; the other demos take as long as they take")
 
 
 def ready(config: DemoConfig) -> None:
@@ -92,7 +103,8 @@ def lacking_parts() -> str:
 
 
 def run_folder(config: DemoConfig) -> Path:
-    return Path(config.output_dir or f"runs/{recipe_name(config)}")
+    own = f"-{Path(config.model).name.removesuffix(ENDING)}" if config.model else ""
+    return Path(config.output_dir or f"runs/{recipe_name(config).removesuffix('-model')}{own}")
 
 
 def recipe_name(config: DemoConfig) -> str:
@@ -106,16 +118,27 @@ def make(config: DemoConfig, folder: Path) -> None:
     if not (folder / "data").is_dir():
         with atomic_folder(folder / "data") as made:
             kind.data_of(made, world, random.Random(config.seed))
-    if not (folder / "base").is_dir():
+    if world.course is not None and not (folder / "base").is_dir():
         with atomic_folder(folder / "base") as made:
             kind.base_of(made, folder / "data", world.course, config.seed)
 
 
-def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
-    """shipping: to llama.cpp and back as well."""
+def sized(config: DemoConfig, folder: Path) -> list[str]:
+    """Changes of the recipe for a chat model of one's own: the sizes that fit the time."""
+    if not config.model or config.quick:
+        return []
+    minutes = config.minutes or MINUTES
+    rows = len(load("e2e_nlg", folder / "data", "train").items)
+    return fitting(config.model, folder / "data", folder, minutes).changes(minutes, rows)
+
+
+def recipe_config(config: DemoConfig, *, shipping: bool = True, sized: Sequence[str] = ()) -> RunConfig:
+    """shipping: to llama.cpp and back as well. sized: further changes."""
     recipe = recipe_name(config).replace("-", "_")
     names = stage_names(config)
     changes = [f"{name}.seed={config.seed}" for name in names if name in SEEDED]
+    if config.model:
+        changes += [f"{stage}.{option}={config.model}" for stage, option in PARTS] + list(sized)
     if config.quick:
         changes += kind_of(config).quick_changes
     only = [] if shipping else [name for name in names if name not in SHIPPING]
@@ -213,8 +236,21 @@ VISION = Demonstration(
 )
 
 
+OWN = replace(
+    TEXT,
+    name="demo-model",
+    whole=World(400, 64),
+    quick=World(64, 30),
+    quick_changes=(
+        *(change for change in QUICK_CHANGES if not change.startswith("probe")),
+        "validate.threads=1",
+        *(change for change in QUICK_ADVICE if not change.startswith("advise.ranks")),
+    ),
+)
+
+
 def kind_of(config: DemoConfig) -> Demonstration:
-    return VISION if config.vision else MIXTURE if config.experts else TEXT
+    return OWN if config.model else VISION if config.vision else MIXTURE if config.experts else TEXT
 
 
 def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
@@ -229,8 +265,9 @@ def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
 
 def describe(config: DemoConfig) -> list[str]:
     kind, world = kind_of(config), kind_of(config).world(config)
+    made, base = f"make a task of {world.train_rows} {kind.rows}", f"and a base model in {run_folder(config)}"
+    sizes = f"measure a step and an answer of {config.model}; choose sizes for {config.minutes or MINUTES:g} minutes"
     return [
-        f"make a task of {world.train_rows} {kind.rows} and a base model in {run_folder(config)}",
-        f"pretrain the base for {world.course.steps} steps",
+        *([f"{made} {base}", f"pretrain the base for {world.course.steps} steps"] if world.course else [made, sizes]),
         f"run the recipe {recipe_config(config).recipe!r} ({', '.join(stage_names(config))})",
     ]

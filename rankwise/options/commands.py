@@ -261,7 +261,9 @@ class ReportConfig(Options):
 class DemoConfig(Options):
     """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
 
-    output_dir: str | None = output(help="run folder [runs/demo, runs/demo-vision or runs/demo-experts]")
+    output_dir: str | None = output(help="run folder [runs/demo, runs/demo-vision, -experts or -MODEL]")
+    model: str | None = reads_model(help="use this chat model: folder, hub id or GGUF file", aliases=("model_name",))
+    minutes: float | None = option(above=0, help="for --model: time that the sizes are chosen for [15]")
     vision: bool = option(False, help="use a vision-language model and questions about generated images")
     experts: bool = option(False, help="use a mixture of experts; ranks are planned for each layer's experts")
     seed: int = seeded(42, help=SEED)
