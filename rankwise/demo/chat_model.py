@@ -27,7 +27,7 @@ from rankwise.page.text import duration
 ROWS, RANK, TOKENS = 4, 8, 64  # rows of a step, largest rank, tokens of an answer: the recipe's
 MEASURED = "sizes.json"
 RUNS = 6  # of advise: three rates, one or two where they end at the edge, and one between the best
-ADVICE, TRAINING, SCORES, PROOF = 0.3, 0.3, 0.1, 0.1  # of the time; what is left loads, merges and exports
+ADVICE, TRAINING, SCORES, PROOF = 0.3, 0.25, 0.08, 0.08  # of the time; what is left loads, merges and exports
 LEAST = {"advise_steps": 8, "train_steps": 8, "scored": 8, "validated": 4}
 MOST = {"advise_steps": 40, "train_steps": 600, "scored": 64, "validated": 16}
 
