@@ -1,6 +1,6 @@
 """`demo --model`: sizes of the recipe's stages that fit a time, from one step and one answer of the model as measured.
 
-model, rows ── measure ──▶ Costs ── sizes_for(minutes) ──▶ Sizes ── changes ──▶ what the recipe is run with
+model, rows ── measure ──▶ MeasuredCosts ── sizes_for(minutes) ──▶ FittingSizes ── changes ──▶ of the recipe
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST = {"advise_steps": 40, "train_steps": 600, "scored": 64, "validated": 16}
 
 
 @dataclass(frozen=True)
-class Costs:
+class MeasuredCosts:
     """Seconds of a training step of `ROWS` rows, and of an answer of `TOKENS` tokens in a batch."""
 
     step: float
@@ -41,7 +41,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FittingSizes:
     """Steps of a short run and of the real one, rows that are scored before and after, rows that go through llama.cpp.
     seconds: what the parts that are sized should take."""
 
@@ -65,7 +65,7 @@ class Sizes:
         ]
 
 
-def sizes_for(costs: Costs, minutes: float) -> Sizes:
+def sizes_for(costs: MeasuredCosts, minutes: float) -> FittingSizes:
     """The largest that fit, within `LEAST` and `MOST`."""
     seconds = 60 * minutes
     wanted = {
@@ -77,14 +77,14 @@ def sizes_for(costs: Costs, minutes: float) -> Sizes:
     counts = {name: int(min(max(count, LEAST[name]), MOST[name])) for name, count in wanted.items()}
     steps = RUNS * counts["advise_steps"] + counts["train_steps"]
     answers = 2 * counts["scored"] + 4 * counts["validated"]
-    return Sizes(**counts, seconds=steps * costs.step + answers * costs.answer)
+    return FittingSizes(**counts, seconds=steps * costs.step + answers * costs.answer)
 
 
-def fitting(model: str, data: Path, folder: Path, minutes: float) -> Sizes:
+def fitting(model: str, data: Path, folder: Path, minutes: float) -> FittingSizes:
     """The sizes for this model and time: as found in this folder before, else measured now, and said."""
     asked = {"model": model, "minutes": minutes}
     if read_if_there(folder / MEASURED).get("asked") == asked:
-        return Sizes(**read_object(folder / MEASURED)["sizes"])
+        return FittingSizes(**read_object(folder / MEASURED)["sizes"])
     costs = measure(model, data)
     sizes = sizes_for(costs, minutes)
     print(f"a step of {ROWS} rows takes {costs.step:.2g} s, an answer {costs.answer:.2g} s: {described(sizes)}")
@@ -94,7 +94,7 @@ def fitting(model: str, data: Path, folder: Path, minutes: float) -> Sizes:
     return sizes
 
 
-def described(sizes: Sizes) -> str:
+def described(sizes: FittingSizes) -> str:
     return (
         f"short runs of {sizes.advise_steps} steps, training of {sizes.train_steps}, {sizes.scored} rows scored, "
         f"{sizes.validated} in llama.cpp"
@@ -107,7 +107,7 @@ def require_template(model: str) -> None:
         raise UsageError(f"--model {model}: has no chat template, so it is not a chat model; demo without --model")
 
 
-def measure(model: str, data: Path) -> Costs:
+def measure(model: str, data: Path) -> MeasuredCosts:
     """A LoRA step and a batch of answers, each the faster of two."""
     about_to_write()
     device = pick_device("auto")
@@ -122,7 +122,7 @@ def measure(model: str, data: Path) -> Costs:
     rows = RenderedDataset(examples, renderer)
     batch = Collator.of(renderer.tokenizer, sight=renderer.sight)([rows[index] for index in range(ROWS)])
     given = {name: value.to(device) for name, value in batch.items() if name != "sample_index"}
-    return Costs(quicker(lambda: adapted(**given).loss.backward()), answers / len(examples))
+    return MeasuredCosts(quicker(lambda: adapted(**given).loss.backward()), answers / len(examples))
 
 
 def quicker(act: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rankwise import cli
 from rankwise.demo import command as demo
-from rankwise.demo.chat_model import LEAST, MOST, ROWS, RUNS, Costs, sizes_for
+from rankwise.demo.chat_model import LEAST, MOST, ROWS, RUNS, MeasuredCosts, sizes_for
 from rankwise.demo.restaurants import guide
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import random_llama, save_vision_tokenizer
@@ -28,7 +28,7 @@ SECONDS = st.floats(1e-3, 1e3)
 
 @given(SECONDS, SECONDS, st.floats(0.1, 600))
 def test_sizes_fit_the_time_and_never_grow_with_the_costs(step: float, answer: float, minutes: float) -> None:
-    sizes, slower = (sizes_for(Costs(factor * step, factor * answer), minutes) for factor in (1, 2))
+    sizes, slower = (sizes_for(MeasuredCosts(factor * step, factor * answer), minutes) for factor in (1, 2))
     counts, fewer = ({name: getattr(one, name) for name in LEAST} for one in (sizes, slower))
     assert all(LEAST[name] <= fewer[name] <= counts[name] <= MOST[name] for name in LEAST)
     spent = (RUNS * sizes.advise_steps + sizes.train_steps) * step + (2 * sizes.scored + 4 * sizes.validated) * answer
@@ -38,7 +38,7 @@ def test_sizes_fit_the_time_and_never_grow_with_the_costs(step: float, answer: f
 
 
 def test_the_real_run_has_as_many_steps_as_were_chosen() -> None:
-    sizes = sizes_for(Costs(1.0, 1.0), 15)
+    sizes = sizes_for(MeasuredCosts(1.0, 1.0), 15)
     (epochs,) = (change.split("=")[1] for change in sizes.changes(15, 1100) if change.startswith("advise.num_epochs"))
     assert float(epochs) * 1100 / ROWS == pytest.approx(sizes.train_steps, abs=0.1)
 
