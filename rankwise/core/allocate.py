@@ -88,7 +88,7 @@ def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedS
     for site in spectra:
         chosen = min(max(round_rank(final[site], rule.round), rule.least(site)), rule.most(site))
         row = explain(site, spectra[site], chosen)
-        saturated = spectra[site].saturated(rule.threshold, rule.max_rank)
+        saturated = spectra[site].saturated(rule.threshold, rule.most(site))
         rows.append(replace(row, r_raw=raw[site], clipped=clip_reason(raw[site], site, rule), saturated=saturated))
     return tuple(rows)
 

@@ -26,7 +26,7 @@ OVERSAMPLE = 10  # Halko et al. recommend 5 to 10
 SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is faster to do exactly
 # Of the bound of what a sketch leaves out: vectors, and powers of RRᵀ that they span (with the 0th).
 PROBES, STEPS = 16, 4
-FAILURE = 1e-6  # a third of the probability that one of these bounds is too low, for any spectrum
+FAILURE = 1e-6  # a third of the probability that any of these bounds of a run is too low, for any spectra
 UNDECIDED = "exact, undecided by the sketch"
 ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra
 
@@ -142,11 +142,18 @@ def from_difference(matrix: Tensor, base_energy: float = 0.0) -> Delta:
 
 
 def measure(
-    delta: Delta, up_to: int, question: Question, *, exact: bool = False, generator: torch.Generator | None = None
+    delta: Delta,
+    up_to: int,
+    question: Question,
+    *,
+    exact: bool = False,
+    generator: torch.Generator | None = None,
+    matrices: int = 1,
 ) -> Spectrum:
     """The spectrum that answers `question`, which raises Undecided where it cannot be answered.
 
-    The first `up_to` values are found; `exact` finds all. Raises ValueError for entries that are not finite.
+    The first `up_to` values are found; `exact` finds all. matrices: how many a run sketches, whose bounds are to hold
+    all together but for a probability of 3·FAILURE. Raises ValueError for entries that are not finite.
     """
     matrix = delta.matrix
     if not math.isfinite(delta.energy):
@@ -155,7 +162,7 @@ def measure(
         return zero_spectrum((matrix.shape[0], matrix.shape[1]), up_to)
     if exact or is_small(matrix.shape, up_to):
         return exact_spectrum(matrix, delta.energy)
-    sketched = sketch(matrix, delta.energy, up_to, generator)
+    sketched = sketch(matrix, delta.energy, up_to, generator, matrices)
     for spectrum in (sketched.coarse, sketched.spectrum, sketched.refined):
         try:
             answered = spectrum()
@@ -203,13 +210,14 @@ class Sketch:
     up_to: int
     generator: torch.Generator | None = None
     known_bounds: tuple[float, float] | None = None
+    matrices: int = 1
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
         """Upper bounds of ‖R‖₂ and ‖RRᵀ‖_F, R = Δ − QQᵀΔ."""
         if self.known_bounds is not None:
             return self.known_bounds
-        norm, square = residual_norms(self.wide, self.basis, self.projected, self.generator)
+        norm, square = residual_norms(self.wide, self.basis, self.projected, self.generator, self.matrices)
         return float(norm), float(square)
 
     @cached_property
@@ -239,25 +247,35 @@ class Sketch:
         return replace(self.spectrum(), excess=excess, method="sketch, refined bound")
 
 
-def sketch(matrix: Tensor, energy: float, up_to: int, generator: torch.Generator | None = None) -> Sketch:
-    """The leading `up_to` values from a randomized basis of the short side, with a bound on the rest."""
+def sketch(
+    matrix: Tensor, energy: float, up_to: int, generator: torch.Generator | None = None, matrices: int = 1
+) -> Sketch:
+    """The leading `up_to` values from a randomized basis of the short side, with a bound on the rest.
+
+    matrices: as for `measure`.
+    """
     wide = wide_side(matrix)
     basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[0]), power_iterations=1, generator=generator)
     projected = basis.T @ wide
     values = gram_values(projected)
     shape = (matrix.shape[0], matrix.shape[1])
-    return Sketch(wide, basis, projected, values, left_over(energy, values), energy, shape, up_to, generator)
+    return Sketch(
+        wide, basis, projected, values, left_over(energy, values), energy, shape, up_to, generator, None, matrices
+    )
 
 
 def sketches(
-    matrices: Tensor, energies: Sequence[float], up_to: int, generator: torch.Generator | None = None
+    stack: Tensor, energies: Sequence[float], up_to: int, generator: torch.Generator | None = None, matrices: int = 1
 ) -> list[Sketch]:
-    """The sketches of matrices of one shape, (b, m, n), made together, with the bounds of their residuals."""
-    wide = wide_side(matrices)
+    """The sketches of matrices of one shape, (b, m, n), made together, with the bounds of their residuals.
+
+    matrices: as for `measure`.
+    """
+    wide = wide_side(stack)
     basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[1]), power_iterations=1, generator=generator)
     projected = basis.mT @ wide
-    values, bounds = gram_values(projected), residual_norms(wide, basis, projected, generator)
-    shape = (matrices.shape[1], matrices.shape[2])
+    values, bounds = gram_values(projected), residual_norms(wide, basis, projected, generator, matrices)
+    shape = (stack.shape[1], stack.shape[2])
     parts = zip(wide, basis, projected, values, energies, *(each.tolist() for each in bounds), strict=True)
     return [
         Sketch(w, q, p, v, left_over(energy, v), energy, shape, up_to, generator, (norm, square))
@@ -300,14 +318,15 @@ def gram_values(wide: Tensor) -> Tensor:
 
 
 def residual_norms(
-    wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None
+    wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None, matrices: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Upper bounds of ‖R‖₂ and ‖RRᵀ‖_F, R = Δ − QQᵀΔ, which is never formed. Of one matrix, or a batch.
 
     The first is the largest Ritz value of RRᵀ in the block Krylov space of random vectors (it nears ‖R‖₂² from below),
     times what it can be short of, see `safety`. The second comes from the same vectors: of b Gaussian z the mean S of
     ‖RRᵀz‖² has the mean ‖RRᵀ‖²_F, and it is below S + 2√(t/b)·‖R‖₂²·‖RRᵀ‖_F but for a probability of e^{−t} (Laurent
-    and Massart 2000, for Σ λᵢ⁴ χ²ᵢ with Σ λᵢ⁸ ≤ λ₁⁴ Σ λᵢ⁴).
+    and Massart 2000, for Σ λᵢ⁴ χ²ᵢ with Σ λᵢ⁸ ≤ λ₁⁴ Σ λᵢ⁴). Each of `matrices` gets an equal part of FAILURE, so that
+    by the union bound all of them hold together but for 3·FAILURE.
     """
     probe = torch.randn(*wide.shape[:-1], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
     blocks: list[Tensor] = []
@@ -324,13 +343,14 @@ def residual_norms(
             probe = wide @ images[-1] - basis @ (projected @ images[-1])
         if step == 0:
             square = (probe @ scale).double().square().sum((-2, -1)) / PROBES
-    norm = safety(wide.shape[-2]) * gram_values(torch.cat(images, -1).mT)[..., 0]
-    spread = math.sqrt(-math.log(FAILURE) / PROBES) * norm**2
+    norm = safety(wide.shape[-2], matrices) * gram_values(torch.cat(images, -1).mT)[..., 0]
+    spread = math.sqrt(-math.log(FAILURE / matrices) / PROBES) * norm**2
     return norm, spread + (spread**2 + square).sqrt()
 
 
-def safety(m: int) -> float:
-    """‖R‖₂ ÷ the square root of that Ritz value is at most this, but for a probability of 2·FAILURE, whatever R (m, n).
+def safety(m: int, matrices: int = 1) -> float:
+    """‖R‖₂ ÷ the square root of that Ritz value is at most this, whatever R (m, n), for each of so many matrices, but
+    for a probability of 2·FAILURE that any of them exceeds it.
 
     Let ω (m, b) be the b Gaussian vectors in the basis of R's left singular vectors, ω₁ the row of the largest.
     Combined with the weights ω₁ they give one vector with components |ω₁|² ~ χ²_b there and independent N(0, 1)
@@ -340,8 +360,9 @@ def safety(m: int) -> float:
     largest eigenvalue by the power and Lanczos algorithms with a random start") for a block. The tails: P(χ²_b < x) ≤
     (x/2)^{b/2}/Γ(b/2 + 1), and P(χ²_m > m + 2√(mt) + 2t) ≤ e^{−t} (Laurent and Massart 2000).
     """
-    t = -math.log(FAILURE)
-    least = 2 * (FAILURE * math.gamma(PROBES / 2 + 1)) ** (2 / PROBES)
+    failure = FAILURE / matrices
+    t = -math.log(failure)
+    least = 2 * (failure * math.gamma(PROBES / 2 + 1)) ** (2 / PROBES)
     most = m + 2 * math.sqrt(m * t) + 2 * t
     return math.cosh(math.asinh(math.sqrt(most / least)) / (2 * STEPS - 1))
 

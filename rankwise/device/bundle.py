@@ -54,6 +54,7 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import TASK
 from rankwise.files.atomic import about_to_write, atomic_folder, fingerprint, read_object, sha256, write_text
 from rankwise.files.gguf import GGUFFile
+from rankwise.files.lineage import altered
 from rankwise.files.run_folder import CONFIG, RunFolder, called
 from rankwise.gguf.reading import Exported, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
@@ -150,9 +151,12 @@ def source_of(config: BundleConfig) -> ShippedForm:
     form = form_of(config, exported)
     validated, asked = validation_of(config)
     doubts = (*export_doubts(exported, form), *validation_doubts(config, exported, form, validated))
-    if doubts and not config.allow_unverified:
-        raise VerificationError(f"{exported.folder}: {'; '.join(doubts)}. --allow_unverified bundles it anyway")
-    return ShippedForm(exported, form, validated, asked, doubts)
+    source = ShippedForm(exported, form, validated, asked, doubts)
+    if changed := altered(Path(reference_of(config, source)), "merge"):
+        source = dataclasses.replace(source, doubts=(*doubts, changed))
+    if source.doubts and not config.allow_unverified:
+        raise VerificationError(f"{exported.folder}: {'; '.join(source.doubts)}. --allow_unverified bundles it anyway")
+    return source
 
 
 def form_of(config: BundleConfig, exported: Exported) -> str:

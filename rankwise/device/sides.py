@@ -39,6 +39,7 @@ from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.gguf import GGUFFile
+from rankwise.files.lineage import require_unaltered
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import without_places
 from rankwise.gguf.reading import read_export
@@ -109,7 +110,8 @@ class Shipment:
 
 
 def shipment(config: ValidateConfig) -> Shipment:
-    """UsageError where it is not clear what to run; DataError for files that are missing or broken."""
+    """UsageError where it is not clear what to run; DataError for files that are missing or broken; VerificationError
+    for an export, or a merged model that it is compared with, whose files have been changed since."""
     path = Path(config.export) if config.export else None
     exported = read_export(path) if path and path.is_dir() else None
     reference = str(exported.content["model"]["path"]) if exported else None
@@ -128,6 +130,10 @@ def shipment(config: ValidateConfig) -> Shipment:
         raise UsageError("validate needs what was exported: rankwise validate EXPORT_FOLDER, or --server URL")
     loras: tuple[LoraFile, ...] = lora("files").lora_files(config) if config.adapter_gguf else ()
     reference = loras[0].reference if loras else config.reference or reference
+    if exported:
+        require_unaltered(exported.folder, "export")
+    if reference:
+        require_unaltered(Path(reference), "merge")
     forms = [replace(form, loras=tuple(one.path for one in loras)) for form in forms]
     return Shipment(tuple(forms), path if exported else None, reference, loras)
 

@@ -26,6 +26,7 @@ from rankwise.evaluate.engines import (
     add_depth,
     compared_base,
     generator,
+    refuse_for_vllm,
     renderer_of,
     subject,
 )
@@ -35,7 +36,7 @@ from rankwise.evaluate.tasks import TASKS, evaluate, part, task
 from rankwise.files.adapter import adapter_files, base_and_adapter, recorded_base
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
-from rankwise.files.lineage import warn_of_training_rows
+from rankwise.files.lineage import altered, warn_of_training_rows
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import another_base
@@ -66,6 +67,8 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
     for note in another_base("the adapter", recorded_base(adapter), base) if adapter else []:
         announce(f"note: {note}")
     made_from = model_facts(base, adapter)
+    if doubt := altered(resolve(base), "merge"):
+        announce(f"warning: {doubt}")
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
         renderer = renderer_of(config, base, adapter)
         examples = read_items(config, sees_images=renderer.sight is not None)
@@ -130,6 +133,8 @@ def check_engine(config: EvaluateConfig) -> None:
         raise UsageError("--task lm_eval:NAME runs in one process and with --engine transformers")
     if config.engine == "vllm" and several:
         raise UsageError("--engine vllm runs its own processes: start it without torchrun")
+    if config.engine == "vllm":
+        refuse_for_vllm(config)
     if config.engine == "vllm" and config.forget:
         raise UsageError("--forget needs the logits of both models, which vLLM does not give: --engine transformers")
 

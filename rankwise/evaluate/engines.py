@@ -28,11 +28,11 @@ from rankwise.evaluate.classify import label_set
 from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator, pick_device
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.tasks import Task, part
-from rankwise.files.adapter import base_and_adapter
+from rankwise.files.adapter import adapter_files, base_and_adapter, is_adapter
 from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
-from rankwise.models.depth.encoder import DepthSettings, attach_depth
+from rankwise.models.depth.encoder import DepthSettings, attach_depth, read_depth
 from rankwise.models.depth.estimator import ESTIMATOR
 from rankwise.models.load import load_config, load_model, load_processor, load_tokenizer, torch_dtype
 from rankwise.options.commands import EvaluateConfig
@@ -59,6 +59,15 @@ class Subject:
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+
+def refuse_for_vllm(config: EvaluateConfig) -> None:
+    """UsageError for what vLLM cannot run, installed or not: as far as files that are there already tell."""
+    folder = Path(str(config.model_name))
+    adapter = adapter_files(folder)[0].parent if is_adapter(folder) else None
+    part("vllm_engine").refuse(config.generation.num_beams, adapter)
+    if folder.is_dir() and read_depth(adapter or folder):
+        raise UsageError("--engine vllm does not support depth, which this model needs: --engine transformers")
 
 
 def renderer_of(config: EvaluateConfig, base: str, adapter: Path | None) -> Renderer:

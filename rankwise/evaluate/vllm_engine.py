@@ -53,10 +53,7 @@ class VLLMGenerator:
     _effects: list[AdapterEffect] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.decoding.num_beams > 1:
-            raise UsageError("--num_beams needs --engine transformers; vLLM only samples or decodes greedily")
-        if self.adapter:
-            max_rank(self.adapter)
+        refuse(self.decoding.num_beams, self.adapter)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,6 +149,14 @@ class VLLMGenerator:
         if self.adapter is None:
             return None
         return need("vllm.lora.request", extra=EXTRA).LoRARequest("adapter", 1, str(self.adapter))
+
+
+def refuse(num_beams: int, adapter: Path | None) -> None:
+    """UsageError for what vLLM cannot do, installed or not."""
+    if num_beams > 1:
+        raise UsageError("--num_beams needs --engine transformers; vLLM only samples or decodes greedily")
+    if adapter:
+        max_rank(adapter)
 
 
 def _log_probs(output: Any, start: int) -> Values:

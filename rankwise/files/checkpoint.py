@@ -128,6 +128,7 @@ SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
 # In transformers' order of preference; safetensors before pickles.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SAVED_DELTAS = "deltas.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -228,6 +229,10 @@ def weights_of(folder: Path) -> Path:
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
+    if any((place / SAVED_DELTAS).is_file() for place in (folder, folder / "deltas")):
+        raise DataError(
+            f"{folder}: holds deltas of `rankwise finetune`, not a checkpoint; give it as --deltas {folder}"
+        )
     found = sorted(file for file in folder.iterdir() if file.suffix in (SAFETENSORS, *SUFFIXES))
     indices = sorted(folder.glob(f"*{INDEX}"))
     for candidates in (indices, [file for file in found if file.suffix == SAFETENSORS], found):

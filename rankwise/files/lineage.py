@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import VerificationError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import fingerprint, read_if_there, read_object
 from rankwise.files.processes import announce
@@ -22,6 +23,7 @@ ROWS = (
     *("skip_bad", "device_target"),
 )
 TRAINING = ("train", "finetune")
+MODEL_FILES = (".safetensors", ".safetensors.index.json", ".gguf")
 
 
 def walk(run: Path) -> Iterator[Path]:
@@ -84,6 +86,30 @@ def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -
     entries = read_object(manifest).get("stages") or {}
     rows = [((entries.get(stage) or {}).get("inputs") or {}).get("adapter") or {} for stage in stages]
     return [row["path"] for row in rows if row.get("path")]
+
+
+def altered(folder: Path, stage: str) -> str | None:
+    """What to say of a folder with other model files (weights, their index, config.json, GGUF) than a stage wrote and
+    recorded there; None where they are the same. Large files are compared by `fingerprint`'s samples."""
+    rows = RunFolder(folder).stages().get(stage, {}).get("outputs", {})
+    model = {name: row for name, row in rows.items() if name == "config.json" or name.endswith(MODEL_FILES)}
+    files = {name: folder / row["path"] for name, row in model.items()}
+    names = [
+        name for name, file in files.items() if not file.is_file() or fingerprint(file) != model[name]["fingerprint"]
+    ]
+    if not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    return (
+        f"{folder}: {', '.join(names)} {verb} not what `rankwise {stage}` wrote: run it again (where the change is "
+        "meant, delete manifest.json there: nothing says then what the model was made from)"
+    )
+
+
+def require_unaltered(folder: Path, stage: str) -> None:
+    """VerificationError where the folder's model is no longer what the stage wrote."""
+    if doubt := altered(folder, stage):
+        raise VerificationError(doubt)
 
 
 def warn_of_training_rows(run: Path, file: Path, measured: str) -> None:

@@ -16,6 +16,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import free_space, read_if_there, read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
+from rankwise.files.lineage import require_unaltered
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
 from rankwise.gguf.reading import MMPROJ, TEXT
@@ -79,13 +80,15 @@ def plan_export(
     target: what the device does to an image [the model folder's]. begins: whether the prompts of training open with a
     start token; where not, the GGUF adds none to a text, though the tokenizer does.
     UsageError for what llama.cpp can't run; DataError for broken files, and for a tokenizer that is longer than the
-    embeddings; VerificationError where the model's two forms of the tokenizer disagree.
+    embeddings; VerificationError where the model's two forms of the tokenizer disagree, and for a merged model that is
+    no longer what the merge wrote.
     """
     folder = resolve(str(config.model))
     looks = sees(require_model(folder))
     if config.mmproj and not looks:
         raise UsageError(f"{config.model}: --mmproj is for vision-language models, and this one has no vision_config")
     projector = looks if config.mmproj is None else config.mmproj
+    require_unaltered(folder, "merge")
     checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, looks)
     check_forms(folder)
     require_every_expert(checkpoint)

@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rankwise.core.site import is_expert
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import free_space, write_json
 from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
@@ -166,6 +167,7 @@ def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None)
     if entry.experts:
         return make_experts(plan, entry, entry.experts, rounding)
     stored = plan.base.tensor(entry.source)
+    refuse_not_finite(entry.source, stored, parameter=bool(entry.names) or is_expert(entry.source))
     if not plan.touched & set(entry.names):
         return stored.to(entry.dtype)
     written = []
@@ -180,6 +182,21 @@ def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None)
     if not bool(torch.isfinite(whole).all()):
         raise DataError(f"{entry.key}: merged weights are not finite in {entry.dtype}; try --dtype float32")
     return whole
+
+
+def refuse_not_finite(key: str, stored: Tensor, *, parameter: bool) -> None:
+    """DataError, naming the expert of a stack, where the base's tensor has NaN; of a parameter, infinite entries too,
+    which some buffers (masks) have."""
+    if not stored.is_floating_point() or stored.dtype.itemsize == 1 or bool(stored.sum(dtype=torch.float64).isfinite()):
+        return
+    parts = list(enumerate(stored)) if stored.dim() == 3 and is_expert(key) else [(None, stored)]
+    for number, part in parts:
+        bad = ~torch.isfinite(part) if parameter else torch.isnan(part)
+        if bool(bad.any()):
+            where = key if number is None else f"{key}, expert {number}"
+            raise DataError(
+                f"{where}: {int(bad.sum())} entries are NaN or infinite in the base: fetch or save it again"
+            )
 
 
 def make_experts(plan: MergePlan, entry: Entry, files: ExpertFiles, rounding: Rounding | None = None) -> Tensor:

@@ -29,7 +29,7 @@ from rankwise.files.processes import finish, process_index
 from rankwise.files.run_folder import RunFolder
 from rankwise.models.load import another_base
 from rankwise.options.commands import RanksConfig
-from rankwise.page.text import command_line
+from rankwise.page.text import command_line, plural
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.decide import (
     Decision,
@@ -44,7 +44,7 @@ from rankwise.ranks.decide import (
 )
 from rankwise.ranks.deltas import DeltaSource, dense
 from rankwise.ranks.expert_map import expert_facts, few_hold_all
-from rankwise.ranks.fidelity import sentences, unpaired
+from rankwise.ranks.fidelity import require_change, sentences, unpaired
 from rankwise.ranks.gain import Gain
 from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
@@ -68,7 +68,7 @@ def run(config: RanksConfig) -> RankPlan | None:
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("ranks", inputs(config)) as record:
         probe, *others = measure_probes(config)
-        warnings: list[str] = []
+        warnings = refuse_unmoved(config, [probe, *others])
         rounding = refuse_rounding(config, [probe, *others], warnings)
         if (moved := expert_facts(probe.measured, config.spectrum.svd_threshold)) and (few := few_hold_all(moved)):
             warnings.append(few)
@@ -214,6 +214,22 @@ def measure(config: RanksConfig, source: DeltaSource) -> Any:
 
     about_to_write()
     return measure_source(source, config, question, partial(unsettled_sites, config))
+
+
+def refuse_unmoved(config: RanksConfig, found: Sequence[Probe]) -> list[str]:
+    """DataError where nothing of a probe has changed and its deltas decide; warnings of the sites of the first that
+    have not: what they get is the minimum rank, or a neighbour's."""
+    if config.signal == "delta":
+        for probe in found:
+            require_change(probe.source, {site.path: row.energy for site, row in probe.measured.items()})
+    still = [site.path for site, row in found[0].measured.items() if not row.energy]
+    if not still or config.signal != "delta":
+        return []
+    some = f"{still[0]} …" if len(still) > 1 else still[0]
+    return [
+        f"{len(still)} of {plural(len(found[0].measured), 'site')} changed in nothing ({some}): their rank is the "
+        "minimum, or what smoothing gives; --exclude leaves them out"
+    ]
 
 
 def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[str]) -> Histories | None:

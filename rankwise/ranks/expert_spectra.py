@@ -52,9 +52,16 @@ class ExpertDelta:
 
 
 def measure_experts(
-    source: DeltaSource, site: Site, config: RanksConfig, question: Question, generator: torch.Generator
+    source: DeltaSource,
+    site: Site,
+    config: RanksConfig,
+    question: Question,
+    generator: torch.Generator,
+    matrices: int = 1,
 ) -> Measured:
     """The parameter's spectra, which answer `question` under both histories of its rounding, and its experts'.
+
+    matrices: sketches of the whole run, as for `core.measure.measure`.
 
     DataError, naming parameter and expert, for entries that are not finite.
     """
@@ -88,14 +95,14 @@ def measure_experts(
     else:
         bound: Sketched = Sketch.spectrum
         for batch in batches(site, config.device):
-            bounded = sketch_batch(source, site, batch, config, generator)
+            bounded = sketch_batch(source, site, batch, config, generator, matrices)
             take(bounded(bound))
             if batch.start == 0 and not answered():  # the first experts tell how close the bounds have to be
                 bound = Sketch.refined
                 take(bounded(bound))
         if bound is Sketch.spectrum and not answered():
             for batch in batches(site, config.device):
-                take(sketch_batch(source, site, batch, config, generator)(Sketch.refined))
+                take(sketch_batch(source, site, batch, config, generator, matrices)(Sketch.refined))
         for expert in sorted(found, key=lambda each: -found[each].gap):
             if answered():
                 break
@@ -126,7 +133,12 @@ def bare(delta: Delta) -> Delta:
 
 
 def sketch_batch(
-    source: DeltaSource, site: Site, batch: Sequence[int], config: RanksConfig, generator: torch.Generator
+    source: DeltaSource,
+    site: Site,
+    batch: Sequence[int],
+    config: RanksConfig,
+    generator: torch.Generator,
+    matrices: int,
 ) -> Callable[[Sketched], dict[int, ExpertDelta]]:
     """Read and sketch these experts together; what comes back gives their spectra with the bound that is asked for."""
     stack = torch.empty(len(batch), *site.shape, device=config.device)
@@ -137,7 +149,7 @@ def sketch_batch(
         edges.append(null_edge(delta, generator) if delta.energy else 0.0)
         facts.append(bare(delta))
         del delta  # or the next one would be read while this one is still held
-    found = sketches(stack, [each.energy for each in facts], config.spectrum.max_rank, generator)
+    found = sketches(stack, [each.energy for each in facts], config.spectrum.max_rank, generator, matrices)
 
     def bounded(bound: Sketched) -> dict[int, ExpertDelta]:
         rows = zip(batch, facts, edges, found, strict=True)

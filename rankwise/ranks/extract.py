@@ -46,7 +46,15 @@ from rankwise.ranks.deltas import (
     read_expert,
     weight_name,
 )
-from rankwise.ranks.fidelity import RESIZED, Fidelity, OmittedTensor, SiteFidelity, left_out, require_kept
+from rankwise.ranks.fidelity import (
+    RESIZED,
+    Fidelity,
+    OmittedTensor,
+    SiteFidelity,
+    left_out,
+    require_change,
+    require_kept,
+)
 from rankwise.ranks.probe import filter_sites, folder_of, open_source, source_metadata
 from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, require_experts, with_tied
 from rankwise.ranks.spectra import site_generator
@@ -220,7 +228,8 @@ def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -
             table.append(kept)
             bar.update()
     if not pairs:
-        raise DataError(f"{source.description}: none of the {len(table)} sites has changed; nothing to extract")
+        require_change(source, {row.site.path: row.energy_total for row in table})
+        raise DataError(f"{source.description}: the plan gives no rank to a site that has changed; nothing to extract")
     return pairs, Fidelity(tuple(table))
 
 

@@ -213,6 +213,23 @@ def left_out(source: DeltaSource, carried: Collection[str]) -> list[OmittedTenso
     return []
 
 
+def require_change(source: DeltaSource, energies: Mapping[str, float]) -> None:
+    """DataError where no site of the source has changed (path → ‖Δ‖²_F), with what else differs and what to check."""
+    if any(energies.values()):
+        return
+    sites = plural(len(energies), "site")
+    if not isinstance(source, CheckpointPair | SavedDeltas):
+        raise DataError(f"{source.description}: B·A is zero at all of its {sites}: was the adapter saved untrained?")
+    rest = left_out(source, {source.sites[path].weight for path in energies} | set(energies))
+    changed = [row for row in rest if row.energy or row.why == RESIZED]
+    outside = f"outside them {plural(len(changed), 'tensor')} changed ({names(changed)}), which get no rank from this"
+    raise DataError(
+        f"{source.description}: none of the {sites} has changed; {outside if changed else 'nor has any other tensor'}. "
+        "Check that these are the base and the model trained from it, that the rate was above 0, and that these "
+        "matrices were trained (--towers, --include and --exclude choose which are looked at)"
+    )
+
+
 def unpaired(source: DeltaSource) -> list[OmittedTensor]:
     """The tensors of a pair that have no delta, because the base has none or one of another shape. Reads no tensor."""
     if not isinstance(source, CheckpointPair):

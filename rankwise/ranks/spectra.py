@@ -34,6 +34,11 @@ def site_generator(site: Site, seed: int, device: str = "cpu") -> torch.Generato
     return torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(site.path.encode()))
 
 
+def sketch_count(sites: Collection[Site]) -> int:
+    """Sketches that a run makes at most: one of a matrix, two of an expert, whose closer bounds may take another."""
+    return max(1, sum(2 * site.experts or 1 for site in sites))
+
+
 def measure_sites(
     source: DeltaSource, config: RanksConfig, question: Question, unsettled: Unsettled = lambda _: ()
 ) -> dict[Site, Measured]:
@@ -44,7 +49,7 @@ def measure_sites(
     them get all results. Raises DataError for entries that are not finite.
     """
     sites = list(source.sites.values())
-    found = measure_share(source, sites, config, question)
+    found = measure_share(source, sites, config, question, sketch_count(sites))
     exactly = replace(config, spectrum=replace(config.spectrum, exact=True))
     while wide := wide_sites(found, sites, unsettled):
         exact = measure_share(source, wide, exactly, question)
@@ -53,19 +58,19 @@ def measure_sites(
 
 
 def measure_share(
-    source: DeltaSource, sites: Sequence[Site], config: RanksConfig, question: Question
+    source: DeltaSource, sites: Sequence[Site], config: RanksConfig, question: Question, matrices: int = 1
 ) -> dict[str, Measured]:
-    """Path → what was measured, of these sites, by all processes together."""
+    """Path → what was measured, of these sites, by all processes together. matrices: sketches of the whole run."""
     mine = own_share(sites, [float(site.size * min(site.shape)) for site in sites])
     bar = tqdm(total=len(mine), desc="spectra", unit="site", disable=not sys.stderr.isatty())
     found: dict[str, Measured] = {}
     for site, delta in deltas(source, [site for site in mine if not site.experts]):
-        found[site.path] = measure_site(site, delta, config, question)
+        found[site.path] = measure_site(site, delta, config, question, matrices)
         del delta  # or the next one would be read while this one is still held
         bar.update()
     for site in (site for site in mine if site.experts):
         generator = site_generator(site, config.seed, config.device)
-        found[site.path] = measure_experts(source, site, config, question, generator)
+        found[site.path] = measure_experts(source, site, config, question, generator, matrices)
         bar.update()
     bar.close()
     return gathered(found)
@@ -87,7 +92,7 @@ def mark_undecided(row: Measured) -> Measured:
     return replace(row, spectrum=marked(row.spectrum), spectrum_both=row.spectrum_both and marked(row.spectrum_both))
 
 
-def measure_site(site: Site, delta: Delta, config: RanksConfig, question: Question) -> Measured:
+def measure_site(site: Site, delta: Delta, config: RanksConfig, question: Question, matrices: int = 1) -> Measured:
     """One site's spectra, which answer `question` under both histories of its rounding."""
     started = time.perf_counter()
     check_finite(site, delta)
@@ -100,7 +105,7 @@ def measure_site(site: Site, delta: Delta, config: RanksConfig, question: Questi
         for spectrum in filter(None, histories(found, delta, section)):
             question(site, spectrum)
 
-    found = measure(delta, section.max_rank, asked, exact=exact, generator=generator)
+    found = measure(delta, section.max_rank, asked, exact=exact, generator=generator, matrices=matrices)
     edge = null_edge(delta, generator) if delta.energy else 0.0
     return Measured.of(found, delta, section, edge, time.perf_counter() - started)
 

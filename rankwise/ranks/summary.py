@@ -82,6 +82,7 @@ NOISY = 0.5
 class RanksSummary:
     """Content of the summary, as plain values. None and () mean "not measured".
 
+    `caps` are the smallest and the largest of the sites' greatest ranks (--max_rank, or ⌊mn/(m+n)⌋ where that is less);
     `energy_rank_share` is the median over sites of r_raw ÷ min(m, n); `clipped_sites` counts ranks that a bound
     decided; `gain_*` are shares of the probe's loss improvement (1 = all of it), `gain_margin` the 95 % interval
     of plan − uniform; `rho_within` the mean Spearman ρ within one projection type.
@@ -96,7 +97,7 @@ class RanksSummary:
     rounding: str = ""
     exact_sites: int = 0
     threshold: float = 0.9
-    max_rank: int = 128
+    caps: tuple[int, int] = (128, 128)
     saturated_sites: int = 0
     clipped_sites: int = 0
     energy_rank_share: float | None = None
@@ -166,9 +167,11 @@ def energy_finding(summary: RanksSummary) -> str:
     """The median energy rank, how many sites the bounds decided, and what that means."""
     saturated, sites = summary.saturated_sites, max(1, summary.sites)
     said = f"{saturated} of {sites} sites ({percent(saturated / sites)}) saturate: "
-    said += f"{percent(summary.threshold)} of the energy is not reached within rank {summary.max_rank}."
+    low, high = summary.caps
+    within = f"within rank {low}" if low == high else f"within their largest ranks, {low} to {high}"
+    said += f"{percent(summary.threshold)} of the energy is not reached {within}."
     if not saturated:
-        said = f"{percent(summary.threshold)} of the energy is reached within rank {summary.max_rank} at every site."
+        said = f"{percent(summary.threshold)} of the energy is reached {within} at every site."
     if summary.energy_rank_share is not None:
         least = "at least " if 2 * saturated >= sites else ""  # beyond the computed values nothing is known
         said += f" It needs {least}{percent(summary.energy_rank_share)} of full rank (median site)."
@@ -353,6 +356,7 @@ def summarise(
     gain = evidence.gain if evidence.gain and evidence.gain.defined else None
     compared = list((evidence.repeats or {}).get("compared", []))
     found = {site: row.spectrum.rank_bounds(rule.threshold)[0] for site, row in measured.items()}
+    caps = {site: rule.most(site) for site in measured}
     bounds = [min(rank, site.full_rank) / site.full_rank for site, rank in found.items()]
     return RanksSummary(
         model=plan.model_name,
@@ -364,8 +368,8 @@ def summarise(
         rounding=evidence.rounding.sentence() if evidence.rounding else "",
         exact_sites=sum("undecided" in row.spectrum.method for row in measured.values()),
         threshold=rule.threshold,
-        max_rank=rule.max_rank,
-        saturated_sites=sum(row.spectrum.saturated(rule.threshold, rule.max_rank) for row in measured.values()),
+        caps=(min(caps.values()), max(caps.values())),
+        saturated_sites=sum(row.spectrum.saturated(rule.threshold, caps[site]) for site, row in measured.items()),
         clipped_sites=sum(row.clipped is not None for row in plan.sites) if budget is None else 0,
         energy_rank_share=statistics.median(bounds) if bounds else None,
         budget=budget,

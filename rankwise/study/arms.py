@@ -224,8 +224,9 @@ def check_mixture(arms: Iterable[str], config: StudyConfig, sites: Sequence[Site
     refused = [arm for arm in arms if rule_of(arm) in WITHOUT_EXPERTS or arm.partition(":")[0] in WITHOUT_EXPERTS]
     if experts and refused:
         raise UsageError(
-            f"--arms {refused[0]}: not for experts ({experts[0].path}); name the arms, for instance --arms "
-            "uniform,attention,experts,energy"
+            f"--arms {refused[0]}: not for experts: it needs inputs, gradients or dense deltas of modules, and "
+            f"{experts[0].path} is a parameter; name the arms, for instance --arms uniform,attention,experts,energy, "
+            "or give --target attention_only"
         )
 
 

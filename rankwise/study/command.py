@@ -15,13 +15,14 @@ from rankwise.data.split import PARTS, Parts, Sizes
 from rankwise.files.atomic import digest
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
+from rankwise.models.load import load_structure
 from rankwise.options.study import StudyConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import duration
 from rankwise.study.arms import NULLS, OF_THE_BASE, RULES, STARTED, UNIFORM, check_mixture, rule_of
-from rankwise.study.design import Design, design_study, run_counts
+from rankwise.study.design import Design, arms_of, design_study, run_counts
 from rankwise.study.execution import Bench, finished_runs, matched_steps
-from rankwise.study.material import Material, inputs_of, load_material, open_probes, probe_cost, read_parts
+from rankwise.study.material import Material, inputs_of, load_material, open_probes, probe_cost, read_parts, sites_of
 from rankwise.study.page import runs_rate, study_blocks, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.predictions import power, power_lines
@@ -35,6 +36,8 @@ WARM = ("warm", "plan-warm")
 
 def run(config: StudyConfig) -> Path:
     """Run the command. Returns the run folder."""
+    arms = arms_of(config)
+    check_mixture(arms, config, sites_of(load_structure(config.model, str(config.model.model_name)), config.target))
     design = design_study(config)
     folder = RunFolder(config.output_dir)
     try:
@@ -47,7 +50,6 @@ def run(config: StudyConfig) -> Path:
 
             how = (config.target, config.device, (parts, files), before_loading)
             material = load_material(config.model, config.data, *how)
-            check_mixture(design.arms, config, material.sites)
             registration = register_study(folder, design, material)
             bench = workbench(folder, design, material, registration)
             if config.time_only:

@@ -191,16 +191,22 @@ class Design:
 
 def design_study(config: StudyConfig) -> Design:
     """The design of a config. UsageError for invalid values."""
-    check(config)
-    arms = tuple(dict.fromkeys(config.arms or default_arms(config)))
-    for arm in arms:
-        check_arm(arm, config)
-    check_yoked(arms, config)
+    arms = arms_of(config)
     contrasts = tuple(contrast(text, arms) for text in config.primary) or default_contrasts(arms, config)
     if not contrasts:
         raise UsageError(f"no primary contrast among the arms {', '.join(arms)}; name them, as in --primary 'a vs b'")
     predicted(config, arms, contrasts)
     return Design(config, arms, contrasts)
+
+
+def arms_of(config: StudyConfig) -> tuple[str, ...]:
+    """The arms, each once. UsageError for invalid values."""
+    check(config)
+    arms = tuple(dict.fromkeys(config.arms or default_arms(config)))
+    for arm in arms:
+        check_arm(arm, config)
+    check_yoked(arms, config)
+    return arms
 
 
 def check_yoked(arms: tuple[str, ...], config: StudyConfig) -> None:

@@ -161,7 +161,7 @@ def load_material(
     """
     name = str(model.model_name)
     skeleton = load_structure(model, name)
-    sites = tuple(choose_sites(adaptable_sites(skeleton, target), target).values())
+    sites = sites_of(skeleton, target)
     renderer = renderer_for(data, model, name, skeleton.config)
     parts, files = read
     rendered = render_rows(parts.train, renderer)
@@ -174,6 +174,11 @@ def load_material(
     weights = load_weights(model, name, dtype).to(device).eval()
     weights.requires_grad_(False)
     return Material(weights, renderer, sites, parts, rows, files, device)
+
+
+def sites_of(skeleton: PreTrainedModel, target: str | None) -> tuple[Site, ...]:
+    """The matrices that arms adapt."""
+    return tuple(choose_sites(adaptable_sites(skeleton, target), target).values())
 
 
 def check_held_out(items: Sequence[Example], renderer: Renderer, removed: Mapping[str, int]) -> None:

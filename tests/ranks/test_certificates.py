@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,13 +27,13 @@ from torch import Tensor
 from rankwise import cli
 from rankwise.core import measure as measuring
 from rankwise.core.allocate import by_budget, spectral_gains
-from rankwise.core.measure import Delta, Sketch, energy_of, exact_spectrum, from_difference, sketch
+from rankwise.core.measure import Delta, Sketch, energy_of, exact_spectrum, from_difference, sketch, sketches
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.files.plan import read_plan
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SpectrumSection
-from rankwise.ranks import decide
+from rankwise.ranks import decide, spectra
 from rankwise.ranks.decide import rule_of, unsettled_sites
 from rankwise.ranks.spectra import measure_sites
 
@@ -55,7 +56,7 @@ def gap_without_residual(self: Sketch) -> Spectrum:
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (measuring, "safety", lambda _: 0.2),
+        (measuring, "safety", lambda *_: 0.2),
         (measuring, "ROUNDING", 0.0),
         (Sketch, "refined", gap_without_residual),
         (Spectrum, "missed", lambda self: TRUE_MISSED(self).clamp(max=self.residual**2)),
@@ -94,7 +95,7 @@ def residual_ratios() -> Iterator[float]:
 def test_what_a_sketch_leaves_out_is_bounded_even_where_it_hides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values just above a flat bulk: two power iterations with 1.25 were too low in up to half of such draws."""
     assert min(residual_ratios()) >= 1 - 1e-5
-    monkeypatch.setattr(measuring, "safety", lambda _: 0.9)
+    monkeypatch.setattr(measuring, "safety", lambda *_: 0.9)
     assert any(ratio < 1 for ratio in residual_ratios())
 
 
@@ -118,12 +119,37 @@ def test_the_sum_of_what_a_sketch_leaves_out_is_bounded(monkeypatch: pytest.Monk
     assert any(ratio < 1 for ratio in square_ratios())
 
 
+@pytest.mark.parametrize("matrices", [1, 2 * 12_288])
 @pytest.mark.parametrize("m", [64, 900, 20000])
-def test_the_factor_of_safety_is_the_quantile_that_it_is_said_to_be(m: int) -> None:
+def test_the_factor_of_safety_is_the_quantile_that_it_is_said_to_be(m: int, matrices: int) -> None:
+    """Of each matrix an equal part of the run's probability: by the union bound all of them hold together."""
     stats = pytest.importorskip("scipy.stats")
-    least, most = stats.chi2.ppf(measuring.FAILURE, measuring.PROBES), stats.chi2.isf(measuring.FAILURE, m)
+    failure = measuring.FAILURE / matrices
+    least, most = stats.chi2.ppf(failure, measuring.PROBES), stats.chi2.isf(failure, m)
     exact = math.cosh(math.asinh(math.sqrt(most / least)) / (2 * measuring.STEPS - 1))
-    assert exact <= measuring.safety(m) <= 1.02 * exact
+    assert exact <= measuring.safety(m, matrices) <= 1.02 * exact
+
+
+def test_bounds_hold_for_a_run_not_for_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sketches of an expert and one of a matrix are counted; the more there are in a run, the wider the bounds."""
+    matrix, (few, many) = torch.randn(64, 96, generator=generator(1)), (1, 2 * 12_288)
+    near, far = (sketch(matrix, energy_of(matrix), 6, generator(0), count).bounds for count in (few, many))
+    assert far[0] / near[0] == pytest.approx(measuring.safety(64, many) / measuring.safety(64, few), rel=1e-4)
+    assert far[1] > near[1]
+    stack = sketches(matrix[None], [energy_of(matrix)], 6, generator(0), many)[0].bounds
+    assert stack == pytest.approx(far, rel=1e-4)
+    sites = {"a": Site("a", (4, 4)), "b": Site("b", (4, 4)), "c": Site("c", (4, 4), experts=8)}
+    counts: list[int] = []
+
+    def measured(*args: Any) -> Any:
+        counts.append(args[-1])
+        return SimpleNamespace(spectrum=None, if_base_rounded=None)
+
+    for name in ("measure_site", "measure_experts"):
+        monkeypatch.setattr(spectra, name, measured)
+    source: Any = SimpleNamespace(sites=sites, read=lambda site: None, prefetch=lambda site: None)
+    spectra.measure_sites(source, RanksConfig(), lambda *_: None)
+    assert counts == [18, 18, 18]
 
 
 def write_pair(folder: Path, deltas: dict[str, Tensor]) -> list[str]:
@@ -163,7 +189,7 @@ def test_the_command_s_ranks_are_those_of_the_svd(tmp_path: Path, monkeypatch: p
     found = run_ranks(tmp_path, files, "right")
     assert {path: details["r_final"] for path, details in found.items()} == expected
     assert {details["method"] for details in found.values()} >= {"exact, undecided by the sketch"}
-    monkeypatch.setattr(measuring, "safety", lambda _: 0.2)
+    monkeypatch.setattr(measuring, "safety", lambda *_: 0.2)
     broken = run_ranks(tmp_path, files, "broken")
     assert {path: details["r_final"] for path, details in broken.items()} != expected
 
