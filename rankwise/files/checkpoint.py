@@ -213,6 +213,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    if any((path / place / SAVED_DELTAS).is_file() for place in ("", "deltas")) and not (path / NAMES[0]).is_file():
+        raise DataError(f"{path}: holds deltas of `rankwise finetune`, not a checkpoint; give it as --deltas {path}")
     weights = weights_of(path) if path.is_dir() else path
     if weights.name.endswith(INDEX):
         return _open_index(path, weights)
@@ -229,10 +231,6 @@ def weights_of(folder: Path) -> Path:
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
-    if any((place / SAVED_DELTAS).is_file() for place in (folder, folder / "deltas")):
-        raise DataError(
-            f"{folder}: holds deltas of `rankwise finetune`, not a checkpoint; give it as --deltas {folder}"
-        )
     found = sorted(file for file in folder.iterdir() if file.suffix in (SAFETENSORS, *SUFFIXES))
     indices = sorted(folder.glob(f"*{INDEX}"))
     for candidates in (indices, [file for file in found if file.suffix == SAFETENSORS], found):

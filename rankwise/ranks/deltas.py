@@ -20,13 +20,12 @@ from rankwise.core.measure import Delta, energy_of, from_difference, subtract
 from rankwise.core.site import Site, from_row
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_folder, write_json
-from rankwise.files.checkpoint import SAVED_DELTAS, Checkpoint, Weight, open_checkpoint
+from rankwise.files.checkpoint import SAVED_DELTAS, Checkpoint, Weight, open_checkpoint, weights_of
 from rankwise.files.document import Document
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.sites import WeightTable
 
 DELTAS = Document(SAVED_DELTAS, "rankwise-deltas/1", "saved deltas", "rankwise finetune")
-INDEX_FILE = "deltas.safetensors.index.json"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -200,7 +199,7 @@ def open_deltas(path: Path) -> SavedDeltas:
             f"{path}: no deltas/{DELTAS.name} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
         )
     metadata = DELTAS.read(folder)
-    checkpoint = open_checkpoint(folder / INDEX_FILE)
+    checkpoint = open_checkpoint(weights_of(folder))
     try:
         rows = [from_row(row) for row in metadata["sites"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -307,7 +306,7 @@ def write_deltas(
             places |= dict.fromkeys(names, file)
         size = 4 * sum(tensor.numel() for tensor in tuned.values())
         index_content = {"metadata": {"total_size": size}, "weight_map": places}
-        write_json(temporary / INDEX_FILE, index_content)
+        write_json(temporary / "deltas.safetensors.index.json", index_content)
         rows = [sites[path].as_dict() for path in energies]
         DELTAS.write(temporary, {**facts, "sites": rows, "base_energy": energies})
     return folder
