@@ -78,22 +78,15 @@ class AfterTraining:
             return Path(self.given)
         folder = self.place / "adapter"
         if not (folder / "adapter_model.safetensors").is_file():
-            run(
-                *("train", "--model_name", self.model, "--task", self.task, "--data_path", self.data),
-                *(
-                    "--overlong",
-                    "drop",
-                    "--lora_r",
-                    str(RANK),
-                    "--lora_dropout",
-                    "0",
-                    "--learning_rate",
-                    f"{self.rate:g}",
-                ),
-                *("--max_steps", str(self.steps), "--per_device_train_batch_size", str(self.batch_size)),
-                *("--max_samples", str(self.steps * self.batch_size), "--val_fraction", "0", "--use_cpu", "--no_plots"),
-                *("--save_strategy", "no", "--seed", str(SEED), "-o", str(folder)),
+            saves, rows = max(1, self.steps // 5), self.steps * self.batch_size
+            resumed = "--resume_from_checkpoint true" if any(folder.glob("checkpoint-*")) else ""
+            line = (
+                f"train --task {self.task} --overlong drop --lora_r {RANK} --lora_dropout 0 --seed {SEED} --use_cpu "
+                f"--learning_rate {self.rate:g} --max_steps {self.steps} --max_samples {rows} --val_fraction 0 "
+                f"--per_device_train_batch_size {self.batch_size} --save_strategy steps --save_steps {saves} "
+                f"--save_total_limit 1 --no_plots {resumed}"
             )
+            run(*line.split(), "--model_name", self.model, "--data_path", self.data, "-o", str(folder))
         return folder
 
     @property
