@@ -6,6 +6,7 @@ import ast
 import gc
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -382,6 +383,7 @@ def values_of(row: field.Option) -> st.SearchStrategy[Any]:
         plain_kinds = {bool: st.booleans(), int: whole_numbers, float: numbers}
         one = {**plain_kinds, dict: st.dictionaries(text, text, max_size=2)}.get(kind, text)
         one = one.filter(lambda value: value in row.range) if row.range else one
+        one = one.map(os.path.expanduser) if row.path else one  # as an option holds them
     if row.is_list:
         whole = row.choices or not row.commas or kind in (int, float)
         plain = one if whole else one.map(lambda s: s.replace(",", "").strip()).filter(bool)
