@@ -22,7 +22,7 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from rankwise import cli
-from rankwise.files.atomic import read_object
+from rankwise.files.atomic import read_object, write_json
 from rankwise.files.lineage import altered
 from rankwise.models.load import load_model
 
@@ -251,3 +251,11 @@ def test_a_merged_model_that_was_changed_is_not_exported(
     found = capsys.readouterr()
     assert "warning" in found.out + found.err and "is not what `rankwise merge` wrote" in found.out + found.err
     assert "merge" in read_object(merged / "manifest.json")["stages"]
+
+
+@pytest.mark.parametrize("row", [{"path": "model.safetensors"}, {"fingerprint": "0"}, "model.safetensors", None])
+def test_an_output_that_a_manifest_does_not_describe_is_no_change(tmp_path: Path, row: object) -> None:
+    outputs = {"model.safetensors": row} if row else None
+    write_json(tmp_path / "manifest.json", {"format": "rankwise-manifest/1", "stages": {"merge": {"outputs": outputs}}})
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert altered(tmp_path, "merge") is None

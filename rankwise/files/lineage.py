@@ -91,11 +91,11 @@ def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -
 def altered(folder: Path, stage: str) -> str | None:
     """What to say of a folder with other model files (weights, their index, config.json, GGUF) than a stage wrote and
     recorded there; None where they are the same. Large files are compared by `fingerprint`'s samples."""
-    rows = RunFolder(folder).stages().get(stage, {}).get("outputs", {})
-    model = {name: row for name, row in rows.items() if name == "config.json" or name.endswith(MODEL_FILES)}
-    files = {name: folder / row["path"] for name, row in model.items()}
+    rows = RunFolder(folder).stages().get(stage, {}).get("outputs") or {}
     names = [
-        name for name, file in files.items() if not file.is_file() or fingerprint(file) != model[name]["fingerprint"]
+        name
+        for name, row in rows.items()
+        if (name == "config.json" or name.endswith(MODEL_FILES)) and not as_recorded(folder, row)
     ]
     if not names:
         return None
@@ -104,6 +104,15 @@ def altered(folder: Path, stage: str) -> str | None:
         f"{folder}: {', '.join(names)} {verb} not what `rankwise {stage}` wrote: run it again (where the change is "
         "meant, delete manifest.json there: nothing says then what the model was made from)"
     )
+
+
+def as_recorded(folder: Path, row: Any) -> bool:
+    """Whether an output is there as the manifest describes it; a row that does not describe it proves no change."""
+    try:
+        file, recorded = folder / row["path"], row["fingerprint"]
+    except (KeyError, TypeError):
+        return True
+    return file.is_file() and bool(fingerprint(file) == recorded)
 
 
 def require_unaltered(folder: Path, stage: str) -> None:
