@@ -203,7 +203,7 @@ def other_rows(s: Study) -> Iterator[str]:
         told.add(("assay", (row["arm"], row["budget"])))
     for arm in s.arms:
         pair = (arm, ("uniform", arm[1]))
-        if arm[1] and arm[0] != "uniform" and s.effect(pair, s.seeds, "test"):
+        if pair[1] in s.arms and arm[0] != "uniform" and s.effect(pair, s.seeds, "test"):
             missing = {pair, ("assay", arm)} if arm[0].startswith("inverted") else {pair}
             yield from [f"{' '.join(arm)} against uniform is missing, study.json"] if missing - told else []
     for part, own in ((part, s.items[part]) for part in ("dev", "test")):

@@ -59,6 +59,8 @@ class Study:
         deviations = path.read_text().splitlines() if path.is_file() else []
         self.records: list[Json] = [self.first, *map(json.loads, deviations)]
         self.content: Json = self.records[-1]["content"]
+        if self.content["kind"] != "plans":
+            raise ValueError("a study of phases; those of plans can be checked")
         self.files = {each.name: each.read_bytes().split(b"\n")[:-1] for each in sorted(folder.glob("runs*.jsonl"))}
         lines = {f"{name}, line {n}": line for name in self.files for n, line in enumerate(self.files[name], 1)}
         self.rows: dict[str, Json] = {where: json.loads(line) for where, line in lines.items()}

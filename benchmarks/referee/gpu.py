@@ -37,6 +37,7 @@ from rankwise.models.load import load_model
 CALL, SPEED = 430, 90  # seconds of a call, of which the first ones measure the speed
 SEEDS, LEAST, GOAL = 8, 2, 5.0
 INTERRUPTED = 130  # exit code of a command that was
+ERROR = 2  # exit code where the study failed, whose own codes mean other things (3: its data)
 SHARE = 0.7  # of the minutes that are planned for; the rest is loading, the probe, scoring
 STUDY = cli.RECIPES / "studies" / "referee.yaml"
 TINY = {
@@ -79,7 +80,7 @@ def speed(options: argparse.Namespace, model: str, until: float) -> dict[str, An
 
 def affordable(options: argparse.Namespace, study: dict[str, Any], found: dict[str, Any]) -> int:
     """Seeds that fit into the minutes. Arms are never cut: SystemExit where not even two seeds fit."""
-    own = [found[str(count)] for count in options.counts if str(count) in found]
+    own = [found[str(count)] for count in options.counts if str(count) in found] or [found["trainer"]]
     run = min(own) * study["steps"] / found["steps"]
     tuning = len(study["arms"]) * study["grid_points"] * study["tuning_seeds"]
     fit = int((SHARE * 60 * options.minutes / run - tuning) / len(study["arms"]))
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = sum(len(path.read_bytes().splitlines()) for path in (work / "study").glob("runs*.jsonl"))
         print(f"{runs} runs are done; call again to go on")
         return 3
-    return code or check.main(str(work / "study"))
+    return ERROR if code else check.main(str(work / "study"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 #     benchmarks/referee/gpu.sh MODEL --data trainset.csv --test devset.csv [--work FOLDER] [--minutes 24]
 #
 # MODEL: folder, hub id, or a folder of pieces (pieces.py). PYTHON=… chooses the interpreter. --tiny runs the same in
-# small, on a CPU too. Exit code 0: finished and checked, 1: the checker found something, 3: call again. See gpu.py.
+# small, on a CPU too. Exit code 0: finished and checked, 1: the checker found something, 2: the study or its options are
+# refused, as it says, 3: call again. See gpu.py.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here:$here/..:$here/../..${PYTHONPATH:+:$PYTHONPATH}"

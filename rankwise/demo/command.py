@@ -83,6 +83,8 @@ def check(config: DemoConfig) -> None:
         raise UsageError("--vision and --experts make models of their own; leave them out, or --model")
     if config.minutes is not None and not config.model:
         raise UsageError("--minutes is for --model; the other demos take as long as they take")
+    if config.minutes is not None and config.quick:
+        raise UsageError("--quick takes a few steps of everything, whatever the time: leave out --minutes, or --quick")
 
 
 def ready(config: DemoConfig) -> None:

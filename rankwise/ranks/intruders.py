@@ -156,11 +156,13 @@ class BaseMatrices:
         return found
 
     def read(self, site: Site) -> Tensor:
-        """DataError for another shape than the site's, and for weights that are not stored as plain numbers."""
+        """DataError for weights that are not stored as plain numbers, or not finite."""
         tensor = self.weights[site.weight].read(self.checkpoint)
         if tensor.dtype not in WEIGHT_TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise DataError(f"{self.name}: {site.weight} is stored as {kind}: give the base that is not quantized")
+        if not tensor.isfinite().all():
+            raise DataError(f"{self.name}: {site.weight} has entries that are NaN or infinite: fetch or save it again")
         return logical(tensor, site)
 
 

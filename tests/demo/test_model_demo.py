@@ -77,6 +77,7 @@ def test_what_is_no_chat_model_is_refused(tmp_path: Path, capsys: pytest.Capture
         (["--model", str(model)], "no chat template"),
         (["--model", str(model), "--vision"], "leave them out, or --model"),
         (["--minutes", "3"], "--minutes is for --model"),
+        (["--model", str(model), "--minutes", "3", "--quick"], "leave out --minutes"),
     ):
         assert cli.main(["demo", *words, "-o", str(tmp_path / "demo")]) == 2
         assert said in capsys.readouterr().err

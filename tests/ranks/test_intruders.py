@@ -21,6 +21,7 @@ from rankwise import cli
 from rankwise.core.factors import Factors
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraPair, read_adapter
+from rankwise.files.checkpoint import Weight
 from rankwise.models.load import load_model
 from rankwise.options.commands import CompressConfig, RanksConfig
 from rankwise.ranks import compress, intruders
@@ -231,6 +232,10 @@ def test_what_has_no_count_is_named(base: Path, adapter: Path, tmp_path: Path) -
 
 def test_weights_that_are_not_plain_are_refused(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = BaseMatrices.open(str(base))
+    with monkeypatch.context() as patch:
+        patch.setattr(Weight, "read", lambda *_: torch.full((64, 64), torch.nan))
+        with pytest.raises(DataError, match=r"q_proj\.weight has entries that are NaN"):
+            examine(matrices, read_adapter(adapter).pairs)
     monkeypatch.setattr(intruders, "WEIGHT_TYPES", (torch.float16,))
     with pytest.raises(DataError, match="stored as float32"):
         examine(matrices, read_adapter(adapter).pairs)

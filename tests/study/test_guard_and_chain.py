@@ -244,6 +244,19 @@ def test_the_referees_studies_are_designs_with_power_and_predictions(name: str, 
     assert [row["true"] for row in power(config, 3)[:2]] == [0.0, -config.smallest_effect]
 
 
+def test_the_packaged_referee_is_the_design_of_smollm2() -> None:
+    """But for what belongs to a model: its rates, spreads, words; every primary contrast is predicted in both."""
+    files = ("referee", str(REFEREE / "smollm2.yaml"))
+    found = [cli.resolve("study", [file, "--model_name", "m", "--data_path", "d"])[0] for file in files]
+    one, other = (design_study(config) for config in found if isinstance(config, StudyConfig))
+    own = {"question", "predictions", "grid_low", "grid_growth", "assumed_seed_sd", "assumed_item_sd", "seed"}
+    differing = {name for name in one.content | other.content if one.content.get(name) != other.content.get(name)}
+    assert differing == own
+    assert (
+        predicted(one.config, one.arms, one.contrasts).keys() == predicted(other.config, one.arms, one.contrasts).keys()
+    )
+
+
 # --- predictions and power -------------------------------------------------------------------------------------------
 
 

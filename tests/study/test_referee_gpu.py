@@ -77,13 +77,16 @@ def test_a_study_is_gone_on_with_on_another_machine(
     assert study["seeds"]["reported"] == json.loads((work / "seeds.json").read_text())
 
 
-@pytest.mark.parametrize(("seconds", "minutes", "seeds"), [(0.1, 20, 8), (20.0, 24, 5), (60.0, 24, None)])
+@pytest.mark.parametrize(
+    ("seconds", "minutes", "seeds"), [(0.1, 20, 8), (20.0, 24, 5), (60.0, 24, None), (-20.0, 24, 5)]
+)
 def test_seeds_are_cut_and_arms_never(
     gpu: Any, seconds: float, minutes: float, seeds: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = gpu.argparse.Namespace(counts=[1, 16], minutes=minutes)
     study = {"arms": list("abcdef"), "grid_points": 3, "tuning_seeds": 1, "steps": 40}
     found = {"1": seconds, "16": seconds / 2, "steps": 20}
+    found = found if seconds > 0 else {"trainer": -seconds / 2, "steps": 20}  # no time to measure the others
     if seeds is None:
         with pytest.raises(SystemExit, match=r"0 seeds fit into 24 minutes, 2 are needed: --minutes 43"):
             gpu.affordable(options, study, found)
@@ -101,6 +104,16 @@ def test_a_piece_that_is_missing_or_another_is_named(gpu: Any, base: Path, tmp_p
     with pytest.raises(ValueError, match=r"part\.001: missing, or not the piece"):
         gpu.pieces.join(tmp_path / "pieces", tmp_path / "third")
     assert gpu.pieces.SIZE <= 40_000_000
+
+
+def test_an_error_of_the_study_does_not_say_call_again(
+    gpu: Any, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rankwise` exits with 3 for its data, this script where it should be called once more."""
+    monkeypatch.setattr(gpu, "speed", lambda *_: {"1": 0.01, "steps": 2})
+    monkeypatch.setattr(gpu, "go_on", lambda *_: 3)
+    (tmp_path / "study").mkdir()
+    assert gpu.main(words(base, data, tmp_path)) == 2
 
 
 @pytest.mark.slow
