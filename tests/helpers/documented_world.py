@@ -149,7 +149,12 @@ def shorter_recipes(words: list[str]) -> list[str]:
     if "isaac_depth" in words and not torch.cuda.is_available():
         settings = ["train.fp16=false"]
     if "recipes/svd_ranks.yaml" in words:
-        settings = ["ranks.no_plots=true", "train.no_plots=true"]
+        settings = [
+            "finetune.subset_ratio=1",
+            "finetune.gradient_accumulation=1",
+            "ranks.no_plots=true",
+            "train.no_plots=true",
+        ]
     if words[0] == "batch":
         settings.append("train.max_steps=3")
     chosen = settings if presets or {"isaac_depth", "recipes/svd_ranks.yaml"} & set(words) else []
@@ -164,6 +169,7 @@ def shorter_features(words: list[str]) -> list[str]:
 
 
 SHORTER: dict[str, Callable[[list[str]], list[str]]] = {
+    "finetune": lambda _: ["--subset_ratio", "1", "--gradient_accumulation", "1"],  # more updates than that of rate 0
     "train": shorter_training,
     "run": shorter_recipes,
     "batch": shorter_recipes,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rankwise.files.adapter import read_adapter
 from rankwise.models.adapters import save_adapter
-from rankwise.train.expert_norms import check_saved, started
+from rankwise.train.expert_norms import check_saved, zero_at_start
 
 SCRIPT = """
     import sys
@@ -100,7 +100,7 @@ def assert_same(found: Path, wanted: Path, atol: float) -> None:
         )
     for path, pair in read_adapter(found).pairs.items():
         assert pair.experts
-        assert all(bool(started(pair, expert).any()) for expert in range(pair.experts)), path
+        assert all(bool(zero_at_start(pair, expert).any()) for expert in range(pair.experts)), path
 
 
 @pytest.mark.slow
