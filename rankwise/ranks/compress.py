@@ -48,6 +48,7 @@ from rankwise.models.sites import fused_experts, model_sites
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line, percent
 from rankwise.ranks.fidelity import EXACT, Fidelity, SiteFidelity, require_all_kept
+from rankwise.ranks.intruders import DOCUMENT as INTRUDERS
 from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 
 SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
@@ -101,6 +102,7 @@ def run(config: CompressConfig) -> Fidelity:
         if depth := read_depth(source):
             record.outputs["depth"] = write_depth(folder.path, depth)
         record.outputs["fidelity"] = fidelity.write(folder.path)
+        (folder / INTRUDERS.name).unlink(missing_ok=True)  # an earlier run's
         if base:
             record.outputs["intruders"] = intruders.write(folder.path)
         record.facts |= fidelity.beside((), list(smaller.extra)).facts()

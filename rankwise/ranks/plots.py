@@ -28,6 +28,7 @@ from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import SHARD_BYTES, DeltaSource, dense, shards
 from rankwise.ranks.expert_map import CHANGES, expert_facts, plot_expert_map
+from rankwise.ranks.intruders import DOCUMENT as INTRUDERS
 from rankwise.ranks.measured import Measured
 from rankwise.ranks.summary import layer_ranges
 
@@ -282,6 +283,7 @@ GAIN = Finding("gain.json", ("ranks",), read_gain, gain_blocks)
 # --- files -----------------------------------------------------------------------------------------------------------
 
 SVD_FOLDER = Path("analysis_outputs") / "svd"
+OPTIONAL = (CHANGES.name, INTRUDERS.name, "gain.json", "repeatability.json")
 
 
 def write_raw_data(
@@ -313,6 +315,8 @@ def write_raw_data(
         for site, found in measured.items()
     }
     content = {"svd_threshold": threshold, "sites": details, "explained_loss": evidence.explained_loss}
+    for earlier in OPTIONAL:  # an earlier run's, given more than this one
+        (folder / "raw_data" / earlier).unlink(missing_ok=True)
     files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
     if experts := expert_facts(measured, threshold):
         files.append(CHANGES.write(folder / "raw_data", experts))

@@ -179,6 +179,8 @@ def test_ranks_counts_them_in_summary_json_and_report(
     assert all(str(row.site.path) in page for row in table.rows if len(row.intruders) == 10)
     run_ranks(RanksConfig(adapter=str(adapter), output_dir=str(tmp_path / "without"), no_plots=True))
     assert not (tmp_path / "without" / RAW).exists()
+    run_ranks(RanksConfig(adapter=str(adapter), output_dir=str(tmp_path), no_plots=True))
+    assert not (tmp_path / RAW).exists(), "the earlier run's, into the same folder"
 
 
 def test_the_time_is_said_before_anything_is_read(
@@ -208,6 +210,9 @@ def test_scaled_and_truncated_at_once(base: Path, adapter: Path, tmp_path: Path)
     for path, pair in read_adapter(tmp_path / "same").pairs.items():
         own = read_adapter(adapter).pairs[path].factors().product()
         torch.testing.assert_close(pair.factors().product(), own, rtol=0, atol=1e-5)
+    assert (tmp_path / "both" / "intruders.json").is_file()
+    compress.run(replace(options, budget="uniform:2", uniform=True))
+    assert not (tmp_path / "both" / "intruders.json").exists(), "scaled by the earlier run"
 
 
 def test_what_has_no_count_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:
