@@ -83,7 +83,7 @@ class GGUFFile:
             size = self.path.stat().st_size
             raise VerificationError(
                 f"{self.path}: not a whole GGUF file ({size:,} bytes; {error or type(error).__name__}); was it cut "
-                "off? Export it again"
+                "off? Write or fetch it again"
             ) from error
         self._by_name = {tensor.name: tensor for tensor in self._reader.tensors}
 

@@ -162,5 +162,5 @@ def refuse_single_experts(names: Iterable[str], where: str) -> None:
     if found:
         raise DataError(
             f"{where}: it adapts experts one by one ({found[0]} …), as transformers 4 had them; how today's model has "
-            "them only the base tells: name it (--base_model; `ranks`: --model_name)"
+            "them only the base tells: name it (`--base_model`; of `ranks`, `--model_name`)"
         )

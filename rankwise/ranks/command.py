@@ -244,13 +244,13 @@ def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[
 
 
 def count_intruders(config: RanksConfig, probe: Probe) -> IntruderTable | None:
-    """Of an adapter whose base is given."""
+    """Of an adapter whose base is given; None where no site has a count (experts alone, say), which a note tells."""
     compared = compared_with_base(config, probe.source)
     if compared is None:
         return None
     table, _ = examine(*compared, device=config.device)
     probe.notes.extend(table.notes())
-    return table
+    return table if table.rows else None
 
 
 def compared_with_base(config: RanksConfig, source: DeltaSource) -> tuple[BaseMatrices, dict[str, LoraPair]] | None:

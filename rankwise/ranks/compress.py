@@ -229,6 +229,7 @@ def base_matrices(config: CompressConfig, adapter: LoraAdapter) -> BaseMatrices:
             "on this machine: give its folder with --base_model"
         )
     base = BaseMatrices.open(str(folder))
+    base.require_comparable(adapter.pairs)
     print(time_note(base, adapter.pairs))
     return base
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,17 +143,17 @@ class BaseMatrices:
         return cls(base, checkpoint, weight_table(model, list(checkpoint)).weights, model_sites(model))
 
     def comparable(self, paths: Iterable[str]) -> list[Site]:
-        """Those of the paths that are one linear matrix each: no experts, routers, embeddings, heads. UsageError where
-        there is none."""
-        paths = list(paths)
+        """Those of the paths that are one linear matrix each: no experts, routers, embeddings, heads."""
         found = [self.sites[path] for path in paths if path in self.sites]
-        found = [site for site in found if not site.experts and site.weight in self.weights]
-        if not found:
+        return [site for site in found if not site.experts and site.weight in self.weights]
+
+    def require_comparable(self, paths: Collection[str]) -> None:
+        """UsageError where no path is one linear matrix."""
+        if not self.comparable(paths):
             raise UsageError(
-                f"intruder dimensions are of linear matrices of the base, one each: {self.name} has none for "
-                f"{paths[0]} … (experts, embeddings and heads are none); leave the base, or --intruders, out"
+                f"--intruders needs sites that are one linear matrix each, and {self.name} has none for "
+                f"{next(iter(paths))} … (experts, embeddings and heads are none); leave it out"
             )
-        return found
 
     def read(self, site: Site) -> Tensor:
         """DataError for weights that are not stored as plain numbers, or not finite."""
@@ -270,6 +270,8 @@ def examine(
 def time_note(base: BaseMatrices, pairs: Mapping[str, LoraPair], device: str = "cpu") -> str:
     """What a comparison takes, by a timed one of a small matrix: said before it starts."""
     sites = base.comparable(pairs)
+    if not sites:
+        return "intruders: none to count; experts, embeddings and heads have no intruder count"
     weight, left, right = (torch.randn(*size, device=device) for size in (TIMED, (TIMED[0], 8), (8, TIMED[1])))
     compare(weight[:8, :8], Factors(left[:8], right[:, :8]))
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise import cli
 from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.vllm_engine import max_rank
@@ -177,6 +178,17 @@ def test_every_command_takes_it(mixtral: Path, tmp_path: Path) -> None:
     source = probe.open_adapter(str(folder), str(mixtral), SitesSection(), [])
     stacks = {path: site for path, site in source.sites.items() if site.experts}
     assert {site.projection for site in stacks.values()} == {"gate_up_proj", DOWN}
+
+
+def test_experts_alone_have_ranks_and_no_intruder_count(
+    mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained(mixtral, tmp_path / "old", lambda name: ".experts." in name)
+    line = ["ranks", str(mixtral), "--adapter", str(folder), "--min-rank", "1", "--no-plots"]
+    assert cli.main([*line, "--dry-run"]) == 0
+    assert cli.main([*line, "--out", str(tmp_path / "out")]) == 0
+    assert "have no intruder count" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("intruders.json"))
 
 
 def test_what_goes_with_the_adapter_goes_with_the_converted_one(mixtral: Path, tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ def test_what_has_no_count_is_named(base: Path, adapter: Path, tmp_path: Path) -
     assert table.skipped == ("lm_head", "model.layers.0.mlp.experts.up")
     assert "lm_head" in table.notes()[0] and table.content()["not_compared"] == list(table.skipped)
     assert after["lm_head"] is pair and after["model.layers.0.self_attn.q_proj"] is not pair
+    assert not examine(matrices, {"lm_head": pair})[0].rows
     with pytest.raises(UsageError, match="experts, embeddings and heads"):
-        examine(matrices, {"lm_head": pair})
+        matrices.require_comparable({"lm_head": pair})
     moved = Path(shutil.copytree(adapter, tmp_path / "moved")) / "adapter_config.json"
     moved.write_text(moved.read_text().replace(str(base), "org/nowhere"))
     with pytest.raises(DataError, match="not on this machine"):
