@@ -53,7 +53,8 @@ def in_todays_layout(model: PreTrainedModel, path: Path | str) -> Path:
     if config_file is None or not [name for name in single_experts(open_checkpoint(weights)) if name not in modules]:
         return Path(path)
     adapter = joined_adapter(model, read_adapter(weights), str(weights.parent))
-    folder = temporary(weights.resolve(), weights.stat().st_mtime_ns, type(model))
+    shapes = tuple((path, pair.lora_A.shape, pair.lora_B.shape) for path, pair in adapter.pairs.items())
+    folder = temporary(weights.resolve(), weights.stat().st_mtime_ns, type(model), shapes)
     if not (folder / CONFIG_NAME).is_file():
         for file in weights.parent.iterdir():
             if file.is_file() and file.name not in OWN:

@@ -3,6 +3,7 @@ put in by hand, by plain PEFT and by every command that takes an adapter."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,17 @@ def test_what_goes_with_the_adapter_goes_with_the_converted_one(mixtral: Path, t
     assert (converted / "tokenizer_config.json").read_text() == "{}"
     assert in_todays_layout(load_model(str(mixtral), torch.float32), folder) == converted
     assert in_todays_layout(load_model(str(mixtral), torch.float32), converted) == converted
+
+
+def test_each_base_has_its_own_conversion(mixtral: Path, tmp_path: Path) -> None:
+    """Of one class, one with more experts: those that the adapter leaves out are zero."""
+    folder = trained(mixtral, tmp_path / "old", lambda name: ".experts." in name)
+    model = load_model(str(mixtral), torch.float32)
+    more = copy.deepcopy(model.config)
+    more.num_local_experts += 2
+    found = [in_todays_layout(one, folder) for one in (model, type(model)(more))]
+    counts = [{pair.experts for pair in read_adapter(one).pairs.values()} for one in found]
+    assert counts == [{model.config.num_local_experts}, {more.num_local_experts}]
 
 
 def test_what_cannot_be_read_is_refused_by_name(mixtral: Path, tmp_path: Path) -> None:
