@@ -259,7 +259,7 @@ class ReportConfig(Options):
 
 @dataclass(frozen=True)
 class DemoConfig(Options):
-    """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
+    """Run the whole flow on a model and data created here, offline, on a CPU, in about four minutes."""
 
     output_dir: str | None = output(help="run folder [runs/demo, runs/demo-vision, -experts or -MODEL]")
     model: str | None = reads_model(help="use this chat model: folder, hub id or GGUF file", aliases=("model_name",))
