@@ -240,7 +240,7 @@ def test_weights_that_are_not_plain_are_refused(base: Path, adapter: Path, monke
     matrices = BaseMatrices.open(str(base))
     with monkeypatch.context() as patch:
         patch.setattr(Weight, "read", lambda *_: torch.full((64, 64), torch.nan))
-        with pytest.raises(DataError, match=r"q_proj\.weight has entries that are NaN"):
+        with pytest.raises(DataError, match=r"_proj\.weight has entries that are NaN"):
             examine(matrices, read_adapter(adapter).pairs)
     monkeypatch.setattr(intruders, "WEIGHT_TYPES", (torch.float16,))
     with pytest.raises(DataError, match="stored as float32"):
