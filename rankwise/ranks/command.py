@@ -48,7 +48,7 @@ from rankwise.ranks.fidelity import require_change, sentences, unpaired
 from rankwise.ranks.gain import Gain
 from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
-from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
+from rankwise.ranks.plots import RAW_DATA, SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import AdapterDeltas, Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.ranks.summary import render, summarise
 
@@ -324,7 +324,7 @@ def wanted_ranks(config: RanksConfig, probe: Probe) -> dict[Site, float]:
 
 def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: Evidence) -> list[Path]:
     folder, threshold = Path(config.output_dir) / SVD_FOLDER, config.spectrum.svd_threshold
-    files = write_raw_data(folder, plan, probe.measured, threshold, evidence)
+    files = write_raw_data(Path(config.output_dir) / RAW_DATA, plan, probe.measured, threshold, evidence)
     if not config.no_plots:
         write_plots(folder, plan, probe.measured, threshold, evidence)
         files.append(folder / "plots")

@@ -13,8 +13,7 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.options.commands import DiffConfig
 from rankwise.page.text import percent
 from rankwise.ranks.expert_map import CHANGES, SHOWN, MovedExpert, moved_experts, read_experts, shares
-
-RAW_DATA = Path("analysis_outputs/svd/raw_data")  # of a `ranks` run, beside configs/
+from rankwise.ranks.plots import RAW_DATA
 
 
 def plans(config: DiffConfig) -> tuple[str, str]:

@@ -283,6 +283,7 @@ GAIN = Finding("gain.json", ("ranks",), read_gain, gain_blocks)
 # --- files -----------------------------------------------------------------------------------------------------------
 
 SVD_FOLDER = Path("analysis_outputs") / "svd"
+RAW_DATA = SVD_FOLDER / "raw_data"
 OPTIONAL = (CHANGES.name, INTRUDERS.name, "gain.json", "repeatability.json")
 
 
@@ -316,17 +317,17 @@ def write_raw_data(
     }
     content = {"svd_threshold": threshold, "sites": details, "explained_loss": evidence.explained_loss}
     for earlier in OPTIONAL:  # an earlier run's, given more than this one
-        (folder / "raw_data" / earlier).unlink(missing_ok=True)
-    files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
+        (folder / earlier).unlink(missing_ok=True)
+    files = [write_json(folder / "detailed_svd_analysis.json", content)]
     if experts := expert_facts(measured, threshold):
-        files.append(CHANGES.write(folder / "raw_data", experts))
+        files.append(CHANGES.write(folder, experts))
     if evidence.intruders:
-        files.append(evidence.intruders.write(folder / "raw_data"))
+        files.append(evidence.intruders.write(folder))
     if evidence.gain is not None:
         chosen = {"choice": evidence.choice.facts()} if evidence.choice else {}
-        files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict() | chosen))
+        files.append(write_json(folder / "gain.json", evidence.gain.as_dict() | chosen))
     if evidence.repeats is not None:
-        files.append(write_json(folder / "raw_data" / "repeatability.json", dict(evidence.repeats)))
+        files.append(write_json(folder / "repeatability.json", dict(evidence.repeats)))
     return files
 
 
