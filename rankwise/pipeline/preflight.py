@@ -16,139 +16,22 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import DataError, UsageError, need
+from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID, resolve
 from rankwise.files.gguf import is_gguf, model_in
 from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
-from rankwise.pipeline.idle import Told, hands_off, written
+from rankwise.pipeline.extras import require_extras
+from rankwise.pipeline.idle import Told, written
 from rankwise.pipeline.table import stage_of
 
-DRAWING = ("ranks", "compare", "features compare", "features downstream")
-TRAINERS = ("train", "finetune")
-READING = (*TRAINERS, "ranks", "advise", "check", "evaluate", "merge", "study", "validate", "bundle")
-LLAMA = ("validate", "bundle")
 MODELS = ("model", "weights", "text")  # kinds of paths (`option(path=…)`) that a GGUF file may be the model of
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A module that is not in the minimal install, the commands that need it, and when they do.
-
-    flag: what asks for it, as a command line says it. brings: the extra in brackets, or the package, that brings it
-    [the package of the module's name]. instead: an option that does without.
-    """
-
-    module: str
-    commands: tuple[str, ...]
-    flag: str
-    asked: Callable[[Told], bool] = lambda told: True
-    brings: str = ""
-    instead: str = ""
-
-    def require(self) -> None:
-        extra = self.brings[1:-1] if self.brings.startswith("[") else ""
-        try:
-            need(self.module, extra, "" if extra else self.brings or self.module.replace("_", "-").replace(".", "-"))
-        except UsageError as error:
-            otherwise = f", or leave it out: {self.instead}" if self.instead else ""
-            raise UsageError(f"{self.flag}: {error}{otherwise}") from error
-
-
-def on(name: str) -> Callable[[Told], bool]:
-    """Whether an option is given, or switched on."""
-    return lambda told: bool(told.get(name))
-
-
-def ends(name: str, suffix: str) -> Callable[[Told], bool]:
-    return lambda told: str(told.get(name) or "").endswith(suffix)
-
-
-def reports_to(tracker: str) -> Callable[[Told], bool]:
-    return lambda told: tracker in names(told.report_to) or (tracker == "wandb" and bool(told.use_wandb))
-
-
-def names(value: Any) -> list[str]:
-    """A list, or one text of several names with commas between, in lower case."""
-    parts = value if isinstance(value, list) else str(value or "").split(",")
-    return [str(part).strip().lower() for part in parts]
-
-
-def of_bitsandbytes(told: Told) -> bool:
-    name = str(told.optim or "").lower()
-    return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
-
-
-def reads_gguf(told: Told) -> bool:
-    """validate, bundle; of a replay only the one that reads an app's answers, whose tokens may be texts."""
-    return not hands_off(told) and bool(not told.replay or told.answers)
-
-
-def runs_llama_cpp(told: Told) -> bool:
-    return not hands_off(told) and not told.server and not (told.replay and told.answers)
-
-
-TRACKERS = {name: name for name in "wandb tensorboard trackio mlflow comet_ml clearml neptune codecarbon".split()}
-TRACKERS |= {"dvclive": "dvclive", "swanlab": "swanlab", "dagshub": "dagshub"}
-TRACKERS |= {"flyte": "flytekit", "azure_ml": "azureml.core"}
-OPTIMIZERS = {
-    "galore_torch": ("galore_",),
-    "apollo_torch": ("apollo_",),
-    "lomo_optim": ("lomo", "adalomo"),
-    "grokadamw": ("grokadamw",),
-    "schedulefree": ("schedule_free_",),
-    "optimi": ("stable_adamw",),
-    "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
-}
-
-
-def tracker(name: str, module: str) -> Extra:
-    brings = "[track]" if name in ("wandb", "tensorboard") else ""
-    return Extra(module, TRAINERS, f"--report_to {name}", reports_to(name), brings, "--report_to none")
-
-
-def optimizer(module: str, *begin: str) -> Extra:
-    def asked(told: Told) -> bool:
-        return str(told.optim or "").lower().startswith(begin)
-
-    return Extra(module, TRAINERS, f"--optim {begin[0]}…", asked, "torch-optimi" if module == "optimi" else "")
-
-
-EXTRAS = (
-    Extra("matplotlib", DRAWING, "the pictures", lambda told: not told.no_plots, "[plots]", "--no_plots"),
-    Extra("matplotlib", ("features show",), "the pictures", brings="[plots]"),
-    *(tracker(name, module) for name, module in TRACKERS.items()),
-    *(optimizer(module, *begin) for module, begin in OPTIMIZERS.items()),
-    Extra("bitsandbytes", TRAINERS, "this --optim", of_bitsandbytes, "[quant]"),
-    Extra("bitsandbytes", TRAINERS, "--load_in_4bit", on("load_in_4bit"), "[quant]"),
-    Extra("bitsandbytes", TRAINERS, "--load_in_8bit", on("load_in_8bit"), "[quant]"),
-    Extra("scipy.stats", TRAINERS, "LoftQ", lambda told: told.init_lora_weights == "loftq", "[eval]"),
-    Extra("liger_kernel", TRAINERS, "--use_liger_kernel", on("use_liger_kernel")),
-    Extra("deepspeed", TRAINERS, "--deepspeed", on("deepspeed")),
-    Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
-    Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
-    Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
-    Extra("gguf", LLAMA, "the command", reads_gguf, "[device]"),
-    Extra("xllamacpp", LLAMA, "llama.cpp", runs_llama_cpp, "[device]", "--server ADDRESS"),
-    Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
-    Extra("py7zr", READING, "a .7z file", ends("data_path", ".7z"), "[data]"),
-    Extra("pyarrow.parquet", ("features capture",), "a parquet file", ends("images", ".parquet"), "[data]"),
-)
-
-
-def require_extras(command: str, config: Any) -> None:
-    """UsageError naming the extra, or the package, of the first module that the options ask for and that is missing."""
-    told = Told(flatten(config))
-    for extra in EXTRAS:
-        if command in extra.commands and extra.asked(told):
-            extra.require()
 
 
 def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None = None) -> None:

@@ -14,8 +14,8 @@ from transformers.training_args import OptimizerNames
 
 import rankwise
 from rankwise import cli
+from rankwise.pipeline.extras import EXTRAS, require_extras
 from rankwise.pipeline.idle import Told
-from rankwise.pipeline.preflight import EXTRAS, require_extras
 from rankwise.pipeline.table import COMMANDS
 
 
