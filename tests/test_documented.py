@@ -83,3 +83,8 @@ def test_the_origin_documents_lines_stand_on_the_page(shared_data: Path) -> None
         "--batch_size 2 --grad",
     ]
     assert not [line for line in lacking if not any(part in line for part in told)]
+
+
+def test_the_readme_is_short() -> None:
+    """At most 1,500 words, code and tables counted: what is longer belongs on a page of docs/."""
+    assert len((DOCS.parent / "README.md").read_text(encoding="utf-8").split()) <= 1500
