@@ -3,9 +3,7 @@
     python benchmarks/referee/check.py FOLDER [HEAD.json ...]
 
 numpy only, nothing of rankwise. One line per check, `ok` or `FAILED: what, where`; exit code 1 where one has failed, 3
-for a study that is sound so far and has not finished. It finds runs, losses, rates, margins, intervals or words edited
-without rebuilding the rest. A folder rebuilt as a whole is sound in itself: only heads of its chain that were kept
-elsewhere, given here, tell it from the first one.
+for a study that is sound so far and not finished. Only heads kept elsewhere, given here, tell a folder rebuilt whole.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from folder import EQUAL, TOLD, Study, digest, unlike
+from folder import EQUAL, TOLD, Study, decided, digest, unlike
 from intervals import ALPHA, Json, above, holm, judged, quantile, takes
+from power import power
 
 
 def registration(s: Study) -> Iterator[str]:
@@ -29,9 +28,9 @@ def registration(s: Study) -> Iterator[str]:
         where = f"deviations.jsonl, line {number}" if number else "preregistration.json"
         yield from unlike(record, {"sha256": digest(record["content"])}, where)
         before = s.records[max(0, number - 1)]
-        then, now = before["content"], record["content"]
+        then, now = (decided(one, "versions" in before and "versions" in record) for one in (before, record))
         own = {k: [then.get(k), now.get(k)] for k in then | now if then.get(k, ...) != now.get(k, ...)}
-        if {k: v for k, v in record.get("changed", {}).items() if not k.startswith("version of ")} != own:
+        if record.get("changed", {}) != own:
             yield f"it changes something else than it tells, {where}"
         if record["time"] < before["time"] or record.get("runs_finished", 0) < before.get("runs_finished", 0):
             yield f"it is earlier than the record before it, {where}"
@@ -213,6 +212,7 @@ def other_rows(s: Study) -> Iterator[str]:
 
 CHECKS = {
     "the registration and its deviations are as they were made": registration,
+    "the power follows from the deviations that were assumed": power,
     "every run is chained to the one before it": chain,
     "the chain ends as on record": head,
     "losses per item are as they were entered": losses_as_entered,

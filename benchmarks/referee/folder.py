@@ -44,6 +44,12 @@ def unlike(told: Json, own: Json, where: str) -> Iterator[str]:
             yield f"{name} is {told.get(name)!r:.60} and should be {value!r:.60}, {where}"
 
 
+def decided(record: Json, versions: bool) -> Json:
+    """The content of a registration or deviation; with the versions that it was made by, as `changed` tells them."""
+    found = record["versions"] if versions else {}
+    return record["content"] | {f"version of {name}": version for name, version in found.items()}
+
+
 class Study:
     """The files, and what of them belongs together. heads: files with further heads of the chain. `study` is empty
     where the study has not finished."""
@@ -143,15 +149,17 @@ class Study:
     def at(self, name: str, budget: str) -> Arm:
         return name, "" if name in ("full", "base") else budget
 
-    def registered(self, name: str) -> list[str]:
+    def registered(self, name: str, content: Json | None = None) -> list[str]:
         """Arms or contrasts of the registration, named as study.json does."""
         names = {RECORDED.get(arm, arm): arm for arm, _ in self.arms}
-        return [" vs ".join(names.get(arm, arm) for arm in text.split(" vs ")) for text in self.content[name]]
+        texts = (content or self.content)[name]
+        return [" vs ".join(names.get(arm, arm) for arm in text.split(" vs ")) for text in texts]
 
-    def primary(self) -> list[tuple[Arm, Arm]]:
-        budgets = self.content["budgets"]
-        chosen = [each for each in budgets if each in (self.content.get("primary_budgets") or budgets)]
-        pairs = [text.split(" vs ") for text in self.registered("primary")]
+    def primary(self, content: Json | None = None) -> list[tuple[Arm, Arm]]:
+        """The contrasts with a verdict, as registered last, or by this content of a record."""
+        content = content or self.content
+        chosen = [each for each in content["budgets"] if each in (content.get("primary_budgets") or content["budgets"])]
+        pairs = [text.split(" vs ") for text in self.registered("primary", content)]
         return [(self.at(first, budget), self.at(second, budget)) for first, second in pairs for budget in chosen]
 
     def like(self, row: Json, pair: tuple[Arm, ...], where: str) -> Iterator[str]:

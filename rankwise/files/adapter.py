@@ -36,6 +36,7 @@ from rankwise.files.adapter_config import (
 )
 from rankwise.files.atomic import atomic_files, read_object, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint, resolve
+from rankwise.files.gguf import is_gguf
 from rankwise.files.pickled import SUFFIXES
 
 CONFIG_NAME = "adapter_config.json"
@@ -211,6 +212,8 @@ def is_adapter(path: Path) -> bool:
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
     """(weight file, config or None) of an adapter folder, a run folder or a weight file."""
+    if is_gguf(path):
+        raise DataError(f"{path}: a GGUF file; adapters are read as PEFT saves them: give the folder it was made of")
     if path.is_file():
         config = path.parent / CONFIG_NAME
         return path, config if config.is_file() else None

@@ -295,7 +295,13 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
         if revision is not None:
             raise UsageError(f"{local} is a local path: a revision applies to hub ids only")
         return unpacked(local) if is_gguf(local) else local
+    if local.is_symlink():
+        raise DataError(
+            f"{local}: a link to {os.readlink(local)}, which is not there; fetch the file or correct the link"
+        )
     name = str(name_or_path)
+    if name.startswith("hf://"):
+        raise UsageError(f"{name}: reading a model in place on the hub is not supported; as ORG/NAME it is downloaded")
     if not HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form org/name)")
     wanted = [*HUB_FILES, "*.py"] if code else HUB_FILES

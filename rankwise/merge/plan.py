@@ -143,9 +143,9 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     """
     folder = mergeable_folder(adapter)
     checkpoint, model = open_checkpoint(resolve(base)), meta_model(base)
+    where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
     folder = in_todays_layout(model, folder)
     refuse_quantized(base, checkpoint.config or {})
-    where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
     table = weight_table(model, checkpoint.keys())
     depth = read_depth(folder) or read_depth(checkpoint.path)
     if depth:

@@ -160,8 +160,8 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     weights, config_file = adapter_files(in_todays_layout(model, path))
     if config_file is None:
         raise DataError(f"{path}: {CONFIG_NAME} is missing next to the weights; it names the adapted modules")
-    folder = weights.parent
-    where = f"adapter {folder} (made for {read_object(config_file).get('base_model_name_or_path')})"
+    folder, given = weights.parent, adapter_files(Path(path))[0].parent  # as named, not where it was converted to
+    where = f"adapter {given} (made for {read_object(config_file).get('base_model_name_or_path')})"
     where += f" on model {model.name_or_path}"
     state = fit_vocabulary(model, adapter_tensors(weights), read_object(config_file), where)
     adapted = attach_layers(model, folder, where, trainable)

@@ -34,7 +34,6 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure, torch_dtype
 from rankwise.models.targets import adaptable_sites, choose_sites
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
 from rankwise.page.text import command_line, duration, plural
 from rankwise.pipeline.idle import refuse_idle
@@ -44,6 +43,7 @@ from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.arms import PARTS, part_of
 from rankwise.study.climb import Rungs, climb
+from rankwise.study.design import hashed_options
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
 from rankwise.study.material import inputs_of, load_material, own_device
 from rankwise.study.trials import ShortRuns, median_seconds, rows_of, short_runs, why_in_turn
@@ -52,6 +52,14 @@ RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
 NOT_THE_RUNS = ("output_dir", "minutes", "ranks", "rates", "rate_points", "placements", "delta", "num_epochs", "emit")
 NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
+# In every recipe's hash; an option that is added later only where it is not at its default, so that finished short runs
+# stay of use (`hashed_options`).
+FIRST_OPTIONS = frozenset(
+    """model_name revision trust_remote_code dtype attn_implementation task data_path prompt chat_template
+    chat_template_kwargs max_seq_length overlong skip_bad image_folder allow_outside allow_urls repeat_image image_first
+    roles aux_reason download device_target steps batch_size target train_size choose_size confirm_size
+    lr_scheduler_type warmup_ratio weight_decay max_grad_norm seed""".split()
+)
 
 
 def run(config: AdviseConfig) -> Path:
@@ -209,7 +217,7 @@ def pool_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Examples:
 
 def trial_settings(config: AdviseConfig) -> dict[str, Any]:
     """What decides how a trial trains and is scored: trials of other settings are not reused."""
-    return {name: value for name, value in flatten(config).items() if name not in (*NOT_THE_RUNS, *NOT_THE_NUMBERS)}
+    return hashed_options(config, FIRST_OPTIONS, (*NOT_THE_RUNS, *NOT_THE_NUMBERS))
 
 
 def recipe_of(config: AdviseConfig, renderer: Renderer, files: Sequence[Path]) -> str:

@@ -236,7 +236,10 @@ def contrast(text: str, arms: tuple[str, ...], option: str = "--primary") -> tup
         raise UsageError(f"{option} takes `ARM vs ARM`; got {text!r}")
     for arm in (first, second):
         if arm not in arms:
-            raise unknown(arm, arms, f"{option} {text!r}", "arm")
+            raise UsageError(
+                f"{unknown(arm, arms, f'{option} {text!r}', 'arm')}. The arms are {', '.join(arms)}: add it to --arms, "
+                f"or compare these with {option}"
+            )
     return first, second
 
 

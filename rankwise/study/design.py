@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.data.sources.load import check_data
 from rankwise.errors import UsageError
 from rankwise.files.atomic import digest
-from rankwise.options.field import flatten, unknown
+from rankwise.options.field import Options, flatten, unknown
 from rankwise.options.study import StudyConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.study.arms import (
@@ -170,12 +170,7 @@ class Design:
     def content(self) -> dict[str, Any]:
         """All preregistered decisions: the content that is hashed. Options that are newer than the first registrations
         are left out at their default."""
-        defaults = flatten(type(self.config)())
-        rest = {
-            name: value
-            for name, value in flatten(self.config).items()
-            if name not in NOT_DESIGN and (name in FIRST_OPTIONS or value != defaults[name])
-        }
+        rest = hashed_options(self.config, FIRST_OPTIONS, NOT_DESIGN)
         pairs = [VERSUS.join(map(recorded, pair)) for pair in self.contrasts]
         return rest | {"arms": [recorded(arm) for arm in self.arms], "primary": pairs}
 
@@ -187,6 +182,17 @@ class Design:
         left_out = (*ASKED, *ASKED_LATER, *grids, *counts)
         rest = {name: value for name, value in self.content.items() if name not in left_out}
         return digest(rest)[:16]
+
+
+def hashed_options(config: Options, first: Collection[str], left_out: Collection[str]) -> dict[str, Any]:
+    """Name → value of the options that a hash is of: the first ones always, later ones only where they are not at their
+    default, so that what was recorded before they existed keeps its hash."""
+    defaults = flatten(type(config)())
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in left_out and (name in first or value != defaults[name])
+    }
 
 
 def design_study(config: StudyConfig) -> Design:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import adapter_files
 from rankwise.files.checkpoint import open_checkpoint, read_entries, resolve
 
 TENSORS = {
@@ -215,6 +216,25 @@ def test_unclear_folders_say_what_they_hold(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.gguf")
     with pytest.raises(DataError, match="no such file"):
         open_checkpoint(tmp_path / "absent")
+
+
+def test_a_link_to_nothing_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").symlink_to(tmp_path / "moved" / "tiny.gguf")
+    with pytest.raises(DataError, match=r"models/tiny\.gguf: a link to .*moved/tiny\.gguf, which is not there"):
+        resolve("models/tiny.gguf")
+
+
+def test_a_model_is_not_read_in_place_on_the_hub() -> None:
+    with pytest.raises(UsageError, match="as ORG/NAME it is downloaded"):
+        resolve("hf://org/name")
+
+
+def test_a_gguf_is_no_adapter_to_read(tmp_path: Path) -> None:
+    (tmp_path / "lora.gguf").touch()
+    with pytest.raises(DataError, match=r"lora\.gguf: a GGUF file; adapters are read as PEFT saves them"):
+        adapter_files(tmp_path / "lora.gguf")
 
 
 def test_an_unknown_key_names_near_ones(tmp_path: Path) -> None:

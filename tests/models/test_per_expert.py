@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from rankwise import cli
 from rankwise.core.site import PEFT_PREFIX
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.evaluate.vllm_engine import max_rank
 from rankwise.files.adapter import CONFIG_NAME, read_adapter
 from rankwise.gguf.lora import refuse_experts
 from rankwise.merge import command as merge
+from rankwise.merge.plan import plan_merge
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.per_expert import in_todays_layout
@@ -199,6 +200,23 @@ def test_what_goes_with_the_adapter_goes_with_the_converted_one(mixtral: Path, t
     assert (converted / "tokenizer_config.json").read_text() == "{}"
     assert in_todays_layout(load_model(str(mixtral), torch.float32), folder) == converted
     assert in_todays_layout(load_model(str(mixtral), torch.float32), converted) == converted
+
+
+@pytest.mark.parametrize("fault", ["every B·A is zero", "1 unexpected weights"])
+def test_what_does_not_act_or_fit_is_refused_by_the_folder_that_was_given(
+    fault: str, mixtral: Path, tmp_path: Path
+) -> None:
+    """And not by the temporary one that it was converted to."""
+    folder = trained(mixtral, tmp_path / "old", lambda name: ".experts." in name)
+    weights = load_file(folder / "adapter_model.safetensors")
+    zero = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in weights.items()}
+    biased = weights | {f"{PEFT_PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.bias": torch.ones(8)}
+    save_file(zero if "zero" in fault else biased, folder / "adapter_model.safetensors")
+    model = load_model(str(mixtral), torch.float32)
+    for refuse in (lambda: load_adapter(model, folder), lambda: plan_merge(str(mixtral), folder)):
+        with pytest.raises((DataError, VerificationError), match=fault) as caught:
+            refuse()
+        assert f"adapter {folder} " in str(caught.value) and "rankwise-adapter-" not in str(caught.value)
 
 
 def test_each_base_has_its_own_conversion(mixtral: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rankwise import cli
 from rankwise.errors import DataError, DivergedError, Interrupted, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.options.advise import AdviseConfig
+from rankwise.options.field import option
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.page.blocks import lines
 from rankwise.report.report import build_report
@@ -69,6 +70,21 @@ def small(base: Path, data: Path, out: Path, **changes: Any) -> AdviseConfig:
         data=DataSection(task="e2e_nlg", data_path=str(data)),
         **given | {"output_dir": str(out), "no_plots": True, "device": "cpu"} | changes,
     )
+
+
+@dataclass(frozen=True)
+class NewerAdvise(AdviseConfig):
+    """A command of a later version."""
+
+    dummy: int = option(3, help="an option that is new")
+
+
+def test_a_new_option_keeps_the_short_runs_of_before(base: Path, data: Path, tmp_path: Path) -> None:
+    config = small(base, data, tmp_path)
+    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    before, same, other = map(advise.trial_settings, (config, NewerAdvise(**given), NewerAdvise(**given, dummy=4)))
+    assert same == before and set(before) == advise.FIRST_OPTIONS
+    assert other == before | {"dummy": 4}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from rankwise.study import execution
 from rankwise.train.together.train import TrainedArm
 
 REFEREE = Path(__file__).parents[2] / "benchmarks" / "referee"
-MODULES = ("intervals.py", "folder.py", "check.py")
+MODULES = ("intervals.py", "folder.py", "power.py", "check.py")
 Edit = Callable[[Path], object]
 
 
@@ -44,7 +44,7 @@ def module(name: str) -> Any:
 def referee() -> Iterator[Mapping[str, Any]]:
     """The checker's modules, imported as a script beside them would."""
     before = dict(sys.modules)
-    found = {name: module(name) for name in ("intervals", "folder", "check")}
+    found = {name: module(name) for name in ("intervals", "folder", "power", "check")}
     yield found
     for name in found:
         sys.modules.pop(name)
@@ -342,8 +342,8 @@ def runs(change: Callable[[list[str]], list[str]]) -> Edit:
     return lambda folder: lines_of(folder, "runs.jsonl", change)
 
 
-REGISTRATION, CHAIN, END, LOSSES, PARAMETERS, TUNING, SEEDS, TEST, VERDICTS, NUMBERS = (
-    *("registration and its", "chained to", "chain ends", "losses per item", "budget's parameters"),
+REGISTRATION, POWER, CHAIN, END, LOSSES, PARAMETERS, TUNING, SEEDS, TEST, VERDICTS, NUMBERS = (
+    *("registration and its", "power follows", "chained to", "chain ends", "losses per item", "budget's parameters"),
     *("tuning chose", "seeds were added", "test was read once", "verdicts follow", "other numbers follow"),
 )
 DOCTORED: dict[str, tuple[Edit, str]] = {
@@ -385,6 +385,18 @@ DOCTORED: dict[str, tuple[Edit, str]] = {
     "the registration": (lambda folder: registered(folder, 0, most_seeds=9), REGISTRATION),
     "the registration and its hash": (lambda folder: registered(folder, 1, smallest_effect=0.05), REGISTRATION),
     "the registration and all that tell its hash": (lambda folder: registered(folder, 2, most_seeds=9), CHAIN),
+    "a version of the registration": (
+        lambda folder: document(folder, "preregistration.json", lambda record: record["versions"].update(torch="1.0")),
+        REGISTRATION,
+    ),
+    "a version of a deviation": (
+        lambda folder: row_of(folder, "deviations.jsonl", 1, lambda row: row["versions"].update(peft="0.1")),
+        REGISTRATION,
+    ),
+    "power that nothing was assumed for": (
+        lambda folder: document(folder, "preregistration.json", lambda record: record.update(power=[])),
+        POWER,
+    ),
     "predictions of the registration": (
         lambda folder: registered(folder, 2, predictions=["energy vs uniform: worse: of course"]),
         REGISTRATION,
@@ -460,7 +472,7 @@ def test_a_ledger_that_grows_is_checked_as_far_as_it_goes(
     folder = tmp_path / "study"
     shutil.copytree(rich.parent / "unfinished", folder)
     code, text = told(referee, folder, capsys)
-    assert code == 3 and (text.count("ok "), text.count("not yet ")) == (5, 5), text
+    assert code == 3 and (text.count("ok "), text.count("not yet ")) == (6, 5), text
     kept = str(folder / "runs.head.json")
     assert told(referee, rich, capsys, kept)[0] == 0
     row_of(folder, "runs.jsonl", 1, lambda row: row.update(train_loss=1.0))
@@ -478,6 +490,48 @@ def test_an_edit_is_found(
     code, text = told(referee, folder, capsys)
     assert code == 1
     assert [line for line in text.splitlines() if line.startswith("FAILED: ") and check in line], text
+
+
+def row_of_power(**changes: Any) -> Edit:
+    return lambda folder: document(folder, "preregistration.json", lambda record: record["power"][1].update(changes))
+
+
+def shares_moved(folder: Path) -> None:
+    """A quarter of the studies from one word to another: the shares still add up."""
+
+    def move(record: dict[str, Any]) -> None:
+        row = record["power"][1]
+        low, high = sorted(("better", "worse", "equivalent", "undecided"), key=lambda word: row[word])[::3]
+        row[low], row[high] = row[low] + 0.25, row[high] - 0.25
+
+    document(folder, "preregistration.json", move)
+
+
+POWER_EDITS: dict[str, Edit] = {
+    "a share": row_of_power(better=0.991),
+    "shares that add up": shares_moved,
+    "the number of contrasts": row_of_power(contrasts=7),
+    "the difference that is there": row_of_power(true=-0.1),
+    "a row dropped": lambda folder: document(folder, "preregistration.json", lambda record: record["power"].pop()),
+    "all of it": lambda folder: document(folder, "preregistration.json", lambda record: record.pop("power")),
+    "what was assumed": lambda folder: registered(folder, 2, assumed_seed_sd=0.5),
+}
+
+
+def test_an_edit_of_the_power_is_found(
+    base: Path, data: Path, referee: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"assumed_seed_sd": 0.01, "assumed_item_sd": 0.05, "arms": ["uniform", "mlp"]}
+    folder = study(base, data, tmp_path / "study", **changes)
+    file = folder / "preregistration.json"
+    content = file.read_bytes()
+    assert told(referee, folder, capsys)[0] == 0
+    for case, edit in POWER_EDITS.items():
+        edit(folder)
+        code, text = told(referee, folder, capsys)
+        assert code == 1, case
+        assert [line for line in text.splitlines() if line.startswith("FAILED: ") and POWER in line], (case, text)
+        file.write_bytes(content)
 
 
 def test_only_a_kept_head_tells_a_rebuilt_ledger(

@@ -406,7 +406,10 @@ def test_without_a_measured_rate_no_time_is_guessed(base: Path, data: Path, tmp_
         ({"arms": ["uniform", "enerqy"]}, "energy"),
         ({"arms": ["uniform:loss"]}, "unknown arm"),
         ({"primary": ["energy against uniform"]}, "ARM vs ARM"),
-        ({"primary": ["loss vs uniform"]}, "unknown arm"),
+        (
+            {"primary": ["loss vs uniform"]},
+            r"unknown arm 'loss'.*arms are uniform, .*: add it to --arms",
+        ),
         ({"first_seeds": 1}, "first_seeds"),
         ({"smallest_effect": 0.0}, "--smallest_effect is 0.0; give a number above 0"),
         ({"kind": "phases", "arms": ["static", "yoked:norm:2"]}, "name that arm as well"),
