@@ -10,19 +10,16 @@ What was not measured is said so; a number that nobody took does not appear. Exa
 
 from __future__ import annotations
 
-import glob
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from rankwise.errors import ServiceError, UsageError, VerificationError
+from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME, CONTRACTS
 from rankwise.files.atomic import read_bytes, read_if_there, read_object, write_text
 from rankwise.files.checkpoint import HUB_ID
@@ -30,13 +27,14 @@ from rankwise.files.lineage import EXPORT
 from rankwise.options.commands import CardConfig
 from rankwise.page.text import memory, plural
 from rankwise.report import card_facts as facts
-from rankwise.report.card_facts import ManifestEntry, Metric, Sources, choose_folder, sources_of
+from rankwise.report.card_facts import Sources, choose_folder, sources_of
+from rankwise.report.hub import CARD, Upload, check_repository, check_token, upload
+from rankwise.report.metadata import Metric, WidgetExample, file_metrics, hub_dataset, license_of, metrics, widget
 
 MARK = "<!-- written by rankwise card; running it again replaces this file -->"
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "export": "llama.cpp", "bundle": "llama.cpp"}
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "export": "quantized", "bundle": "quantized"}
 TAGS = {"adapter": ("lora",), "merged": ("lora",), "export": ("gguf", "llama.cpp"), "bundle": ("gguf", "llama.cpp")}
-NOT_LICENSES = ("", "unknown", "none")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class CardFacts:
     """Content of a card. sections: title → Markdown lines, in order; empty ones are left out.
 
     kind: adapter, merged, export or bundle. base: a hub id or a folder's name. sees: whether the model takes images.
+    datasets: hub ids. widget: real prompts with the model's own answers, of public data only.
     """
 
     title: str
@@ -51,8 +50,10 @@ class CardFacts:
     base: str | None = None
     sees: bool = False
     license: str | None = None
+    task: str | None = None
     datasets: Sequence[str] = ()
     metrics: Sequence[Metric] = ()
+    widget: Sequence[WidgetExample] = ()
     summary: str = ""
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -72,11 +73,12 @@ def metadata(facts: CardFacts) -> ModelCardData:
     results = [
         EvalResult(
             task_type=pipeline,
-            dataset_type=one.task,
-            dataset_name=one.data,
-            metric_type=one.name,
-            metric_name=f"{one.name} ({one.how})" if one.how else None,
-            metric_value=one.value,
+            dataset_type=one.data or one.task,
+            dataset_name=one.task,
+            metric_type=one.metric_id,
+            metric_name=one.title,
+            metric_value=round(one.value, 4),
+            metric_args=one.measured,
         )
         for one in facts.metrics
     ]
@@ -85,23 +87,14 @@ def metadata(facts: CardFacts) -> ModelCardData:
         base_model=base,
         library_name=LIBRARIES[facts.kind],
         pipeline_tag=pipeline,
-        tags=["rankwise", *TAGS[facts.kind]],
+        tags=list(dict.fromkeys(["rankwise", *TAGS[facts.kind], *filter(None, [facts.task])])),
         license=facts.license,
         datasets=[name for name in facts.datasets if HUB_ID.fullmatch(name)] or None,
         model_name=facts.title if results else None,
         eval_results=results or None,
+        widget=[one.as_widget() for one in facts.widget] or None,
         **relation,
     )
-
-
-def license_of(base: Path) -> str | None:
-    """What the card of a model folder says its license is; None where there is no card, or it says nothing."""
-    card = base / "README.md"
-    if not card.is_file():
-        return None
-    data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
-    found = str(getattr(data, "license", None) or "").strip()
-    return None if found.lower() in NOT_LICENSES else found
 
 
 def save_card(text: str, path: Path) -> Path:
@@ -109,74 +102,6 @@ def save_card(text: str, path: Path) -> Path:
     if path.exists() and MARK.encode() not in read_bytes(path):
         raise UsageError(f"{path}: is not one of `rankwise card`'s; name another file with --out")
     return write_text(path, text)
-
-
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|Bearer\s+\S+")
-CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An upload to the hub. files: names in the folder; nothing else of it leaves the machine."""
-
-    repository: str
-    folder: Path
-    files: tuple[str, ...]
-    card: str
-    private: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return sum((self.folder / name).stat().st_size for name in self.files)
-
-
-def check_repository(name: str) -> None:
-    if not HUB_ID.fullmatch(name):
-        raise UsageError(f"--push_to_hub takes ORG/NAME, got {name!r}")
-
-
-def upload(what: Upload) -> str:
-    """Create the repository where there is none, send files and card; returns its address.
-
-    The token is the one that `hf auth login` or HF_TOKEN has left. ServiceError, without any token in it, where the hub
-    refuses or is not there; what was sent by then stays, and a second call sends only the rest.
-    """
-    with hub_errors(what.repository):
-        api = HfApi()
-        address = api.create_repo(what.repository, repo_type="model", private=what.private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=what.repository,
-            folder_path=str(what.folder),
-            allow_patterns=[glob.escape(name) for name in what.files],
-            commit_message="Upload with rankwise",
-        )
-        api.upload_file(
-            path_or_fileobj=what.card.encode(),
-            path_in_repo=CARD,
-            repo_id=what.repository,
-            commit_message="Model card by rankwise",
-        )
-    return str(address)
-
-
-@contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """The hub's errors as ours: what is wrong with the name is the user's, the rest is the service's."""
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(f"--push_to_hub {repository}: {scrub(error)}") from None
-    except (LocalTokenNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
-        raise ServiceError(
-            f"{repository}: the hub did not take it ({scrub(error)}); check the network, `hf auth login` and that "
-            "you may write there, then run it again: what has arrived is not sent twice"
-        ) from None
-
-
-def scrub(error: Exception) -> str:
-    """The first line of an error, without anything that looks like a token."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TOKEN.sub("(token)", lines[0] if lines else type(error).__name__)
 
 
 NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
@@ -219,6 +144,7 @@ def check(config: CardConfig) -> Path:
         raise UsageError("card needs a run folder: rankwise card RUN [--push_to_hub ORG/NAME]")
     if config.push_to_hub:
         check_repository(config.push_to_hub)
+        check_token()
     elif config.private or config.allow_unverified:
         raise UsageError("--private and --allow_unverified act on --push_to_hub ORG/NAME only")
     return Path(config.run)
@@ -235,15 +161,17 @@ def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> Ca
     wrong = [f"- **{line}**" for line in facts.failures(sources, kind)]
     of_files = kind in ("export", "bundle")
     own = facts.file_scores(sources) if of_files else []
-    data = (sources.stage("train") or ManifestEntry(place, {})).input("data")
+    trained = sources.stage("train")
     return CardFacts(
         title=title,
         kind=kind,
         base=shown,
         sees=sees,
         license=config.license or base_license(base),
-        datasets=[facts.public(data)] if data and not Path(data).exists() else [],
-        metrics=facts.file_metrics(own) if of_files else facts.metrics(sources.scores),
+        task=trained.config.get("task") if trained else None,
+        datasets=list(filter(None, [hub_dataset(trained)])),
+        metrics=file_metrics(own) if of_files else metrics(sources),
+        widget=[] if sees else widget(sources),
         summary=WORDS[kind].format(base=shown),
         sections={
             "How to use it": [*usage(kind, place, config.push_to_hub or title, sees=sees), *facts.prompts(place)],
@@ -303,12 +231,30 @@ def usage(kind: str, place: Path, repository: str, *, sees: bool) -> list[str]:
 
 
 def push(config: CardConfig, kind: str, place: Path, card: str) -> None:
-    what = Upload(str(config.push_to_hub), place, tuple(files_of(kind, place)), card, config.private)
+    files = tuple(files_of(kind, place))
+    instead = {} if kind == "bundle" else without_paths(place, files, config.base_model)
+    what = Upload(str(config.push_to_hub), place, files, card, config.private, instead)
     print(f"uploading {plural(len(what.files), 'file')} ({memory(what.bytes)}) and the card to {what.repository}")
-    recorded = read_object(place / CONFIG_NAME).get("base_model_name_or_path") if kind == "adapter" else None
-    if recorded and not HUB_ID.fullmatch(recorded):
-        print(f"note: {CONFIG_NAME} names the base by a path of this machine, which others must replace")
+    if CONFIG_NAME in instead and not config.base_model:
+        print(f"note: {CONFIG_NAME} names the base by a path of this machine; give --base_model ORG/NAME for others")
     print(f"uploaded: {upload(what)}")
+
+
+# Where configs name the model that they were made from, which may be a path of this machine.
+ORIGINS = {CONFIG_NAME: "base_model_name_or_path", "sites.json": "model_name", "config.json": "_name_or_path"}
+
+
+def without_paths(place: Path, files: Sequence[str], base: str | None) -> dict[str, bytes]:
+    """Name → content of the configs that name their base by a path: by --base_model, or by the path's last part. The
+    files on this machine stay as they are."""
+    changed = {}
+    for name, key in ORIGINS.items():
+        content = read_object(place / name) if name in files else {}
+        origin = content.get(key)
+        if origin and not HUB_ID.fullmatch(str(origin)):
+            content |= {key: base or Path(origin).name}
+            changed[name] = (json.dumps(content, indent=2, sort_keys=name == CONFIG_NAME) + "\n").encode()
+    return changed
 
 
 def files_of(kind: str, place: Path) -> list[str]:

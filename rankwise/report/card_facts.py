@@ -222,20 +222,6 @@ def span(found: Sequence[float] | None) -> str:
     return f"{score(found[0])} to {score(found[1])}" if found else "not measured"
 
 
-def metrics(found: Iterable[Scored]) -> list[Metric]:
-    """Of the models after training, for the metadata."""
-    after = [one for one in found if not one.is_before]
-    return [
-        Metric(one.result.task, one.result.task, name, round(value, 4), how(one.result.method, one.result.n))
-        for one in after[-1:]
-        for name, value in one.result.metrics.items()
-    ]
-
-
-def how(method: str, n: int) -> str:
-    return f"by {method}, n = {n:,}" if method else f"n = {n:,}"
-
-
 # --- the files' own scores -------------------------------------------------------------------------------------------
 
 
@@ -281,15 +267,6 @@ def scores_of(form: str, facts: Mapping[str, Any], ships: bool) -> Iterator[File
 def file_table(found: Sequence[FileScore]) -> list[str]:
     rows = [(one.form, f"{one.task} by {one.method}", one.name, one.value, one.interval, one.n) for one in found]
     return score_table("file, in llama.cpp", rows)
-
-
-def file_metrics(found: Sequence[FileScore]) -> list[Metric]:
-    """Of the form to ship, for the metadata."""
-    return [
-        Metric(one.task, one.task, one.name, round(one.value, 4), f"{one.form} in llama.cpp, {how(one.method, one.n)}")
-        for one in found
-        if one.ships
-    ]
 
 
 def merge(sources: Sources) -> list[str]:
@@ -390,14 +367,3 @@ def failures(sources: Sources, kind: str) -> list[str]:
             if rung and not content.get("failures")
         ]
     return lines
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score for the card's metadata. how: what was scored, by which method, on how many items."""
-
-    task: str
-    data: str
-    name: str
-    value: float
-    how: str = ""

@@ -5,32 +5,43 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from fake_hub import FakeHub
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from test_merge import adapter_on
 from tiny import tiny_llama
 
 from rankwise.cli import main
+from rankwise.data.sources import table
+from rankwise.data.sources.official import Download
 from rankwise.errors import ServiceError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.files.atomic import sha256
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.command import run as merge
 from rankwise.models.adapters import SITES
 from rankwise.options.commands import MergeConfig
 from rankwise.page.blocks import Table
 from rankwise.page.template import markdown_table
-from rankwise.report import card as hub
-from rankwise.report.card import MARK, CardFacts, Upload, license_of, model_card, upload
-from rankwise.report.card_facts import Metric
+from rankwise.report import hub
+from rankwise.report.card import MARK, CardFacts, model_card
+from rankwise.report.card_facts import ManifestEntry
+from rankwise.report.hub import Upload, upload
+from rankwise.report.metadata import Metric, WidgetExample, hub_dataset, license_of
 from rankwise.train.arguments import build_arguments
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # of huggingface_hub, uploading by LFS
+]
 
 TRAINED = {"task": "e2e_nlg", "learning_rate": 2e-4, "num_train_epochs": 3.0, "lora_dropout": 0.05, "use_dora": False}
 RUNGS = ("pixels", "image tokens", "token ids", "embeddings", "logprobs", "text")
@@ -99,6 +110,9 @@ def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "run", tmp_path / "phone"))
 
 
+SECRET = "hf_TestOnlyNotAToken"
+
+
 class StandIn:
     """Keeps what the hub would have been told."""
 
@@ -109,11 +123,11 @@ class StandIn:
         self.calls.append(("create", {"repo_id": repo_id, **options}))
         return f"https://hub.example/{repo_id}"
 
-    def upload_folder(self, **options: Any) -> None:
-        self.calls.append(("folder", options))
+    def get_paths_info(self, repo_id: str, paths: Sequence[str]) -> list[Any]:
+        return []
 
-    def upload_file(self, **options: Any) -> None:
-        self.calls.append(("file", options))
+    def create_commit(self, repo_id: str, operations: Sequence[CommitOperationAdd], **options: Any) -> None:
+        self.calls.append(("commit", {one.path_in_repo: one.path_or_fileobj for one in operations}))
 
     @property
     def sent(self) -> Mapping[str, Any]:
@@ -124,6 +138,7 @@ class StandIn:
 def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(hub, "HfApi", lambda: stand_in)
+    monkeypatch.setattr(hub, "get_token", lambda: SECRET)
     return stand_in
 
 
@@ -170,8 +185,10 @@ def test_the_card_says_what_was_recorded(run: Path, capsys: pytest.CaptureFixtur
     assert data["license"] == "apache-2.0" and data["library_name"] == "llama.cpp" and "gguf" in data["tags"]
     assert "base_model" not in data, "a folder is no hub id"
     [result] = data["model-index"][0]["results"]
-    how = "accuracy (q8_0 in llama.cpp, by generation, n = 120)"
-    assert result["metrics"] == [{"type": "accuracy", "value": 87.1, "name": how}], "the file's own, not transformers'"
+    how = "accuracy (q8_0 in llama.cpp, by generation, n = 120, 95 % interval 80.10 to 92.20)"
+    args = {"n": 120, "interval_95": [80.1, 92.2]}
+    told = {"type": "accuracy", "value": 87.1, "name": how, "args": args}
+    assert result["metrics"] == [told], "the file's own, not transformers'"
     for private in ("secret_place", str(run.parent), "hf_abcdefgh", "DoRA"):
         assert private not in text
 
@@ -180,7 +197,8 @@ def test_each_kind_has_its_own_scores(run: Path, tmp_path: Path) -> None:
     """A merged model those of transformers; a bundle what it kept of its validation."""
     assert main(["card", str(run), "--files", "merged", "--out", str(tmp_path / "merged.md")]) == 0
     [result] = front((tmp_path / "merged.md").read_text())["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "bleu", "value": 61.25, "name": "bleu (n = 547)"}]
+    told = {"type": "bleu", "value": 61.25, "name": "bleu (n = 547, 95 % interval 60.25 to 62.25)"}
+    assert result["metrics"] == [told | {"args": {"n": 547, "interval_95": [60.25, 62.25]}}]
     own = {"task": "labels", "method": "generation", "n": 5, "accuracy": 1.0, "interval": [0.5655, 1.0]}
     bundle = tmp_path / "bundle"
     bundle.mkdir()
@@ -238,15 +256,79 @@ FILES = {
 def test_exactly_the_named_files_are_uploaded(kind: str, run: Path, api: StandIn) -> None:
     words = ["card", str(run), "--files", kind, "--push_to_hub", "org/tiny", "--private"]
     assert main(words) == 0
-    assert [name for name, _ in api.calls] == ["create", "folder", "file"]
+    assert [name for name, _ in api.calls] == ["create", "commit"]
     assert api.sent["create"] == {"repo_id": "org/tiny", "repo_type": "model", "private": True, "exist_ok": True}
-    assert set(api.sent["folder"]["allow_patterns"]) == FILES[kind]
-    assert api.sent["folder"]["repo_id"] == "org/tiny"
-    place = Path(api.sent["folder"]["folder_path"])
-    assert all((place / name).is_file() for name in FILES[kind])
-    card = api.sent["file"]
-    assert card["path_in_repo"] == "README.md" and card["path_or_fileobj"] == (run / "README.md").read_bytes()
-    assert "# tiny\n" in card["path_or_fileobj"].decode()
+    sent = api.sent["commit"]
+    assert set(sent) == FILES[kind] | {"README.md"}
+    assert all(isinstance(sent[name], bytes) or Path(sent[name]).is_file() for name in FILES[kind])
+    assert sent["README.md"] == (run / "README.md").read_bytes()
+    assert "# tiny\n" in sent["README.md"].decode()
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub's own client against a fake hub, without waiting between its attempts."""
+    with FakeHub() as fake:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint=fake.url, token=SECRET))
+        monkeypatch.setattr(hub, "get_token", lambda: SECRET)
+        monkeypatch.setattr(hub, "LARGE", 1000)
+        yield fake
+
+
+def test_an_interrupted_upload_goes_on_with_what_is_missing(
+    loopback: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The connection drops in the middle of the second of three large files; small files and the card come last."""
+    shards = [f"model-{number}.safetensors" for number in (1, 2, 3)]
+    content = {name: bytes([65 + number]) * 5000 for number, name in enumerate(shards)} | {"config.json": b"{}"}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    what = Upload("org/tiny", tmp_path, tuple(content), "the card")
+    loopback.drop_at = 2
+    with pytest.raises(ServiceError, match="run it again: only what is missing is sent") as caught:
+        upload(what)
+    assert SECRET not in str(caught.value)
+    assert loopback.commits == [shards[:1]] and set(loopback.files) == set(shards[:1])
+    loopback.drop_at, loopback.down = 0, False
+    assert upload(what) == f"{loopback.url}/org/tiny"
+    assert "already there: 1 of 5 files" in capsys.readouterr().out
+    assert loopback.commits == [[shards[0]], [shards[1]], [shards[2]], ["config.json", "README.md"]]
+    assert len(loopback.puts) == 3, "no large file was sent twice"
+    assert loopback.files == content | {"README.md": b"the card"}
+    upload(what)
+    assert len(loopback.commits) == 4 and len(loopback.puts) == 3, "nothing is missing"
+    (tmp_path / "config.json").write_bytes(b"[]")
+    upload(what)
+    assert loopback.commits[4:] == [["config.json"]], "of the same size, other content"
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_nothing_of_this_machine_is_in_what_is_sent(
+    kind: str, run: Path, made: Path, loopback: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["card", str(run), "--files", kind, "--push_to_hub", "org/tiny"]) == 0
+    sent = b"".join([*loopback.sent, *loopback.files.values()])
+    for secret in (SECRET, "hf_abcdefgh", "secret_place", str(made), str(run)):
+        assert secret.encode() not in sent, secret
+    assert set(loopback.files) == FILES[kind] | {"README.md"}
+    if kind == "adapter":
+        assert json.loads(loopback.files["adapter_config.json"])["base_model_name_or_path"] == "base"
+        assert "give --base_model ORG/NAME" in capsys.readouterr().out
+        assert main(["card", str(run), "--files", kind, "--push_to_hub", "org/tiny", "--base_model", "org/base"]) == 0
+        assert json.loads(loopback.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+        assert "secret_place" in (run / "train" / "adapter_config.json").read_text(), "the file here is as it was"
+
+
+def test_without_a_token_nothing_is_made(
+    run: Path, loopback: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    for more in ([], ["--dry-run"]):
+        assert main(["card", str(run), "--push_to_hub", "org/tiny", *more]) == 2
+        assert "hf auth login" in capsys.readouterr().err
+    assert not (run / "README.md").exists() and not loopback.sent
 
 
 BROKEN = {
@@ -314,7 +396,9 @@ def test_text_from_files_stays_text() -> None:
     [_, _, row] = markdown_table(Table(("h",), [(hostile,)]))
     assert row.replace("\\|", "").count("|") == 2 and "<script" not in row and "\n" not in row
     assert row.count("\\`") == row.count("`") == 2, "no code begins"
-    facts = CardFacts("x: [y", "merged", "../base", metrics=[Metric("t", "d", "bleu", 1.0)], datasets=["/home/me/data"])
+    facts = CardFacts(
+        "x: [y", "merged", "../base", metrics=[Metric("t", "bleu", 1.0, None, 3)], datasets=["/home/me/data"]
+    )
     assert front(model_card(facts))["model-index"][0]["name"] == "x: [y"
     assert "base_model" not in front(model_card(facts)) and "datasets" not in front(model_card(facts))
 
@@ -324,3 +408,76 @@ def test_a_license_is_only_what_the_base_says(tmp_path: Path) -> None:
     for said, found in (("license: mit", "mit"), ("license: unknown", None), ("tags: [x]", None)):
         (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
         assert license_of(tmp_path) == found
+
+
+def recorded(tmp_path: Path, data: Path | str) -> ManifestEntry:
+    """The entry of a stage that read these data."""
+    folder = RunFolder(tmp_path / f"stage{len(list(tmp_path.iterdir()))}")
+    with folder.recording("train", {"data": data}):
+        pass
+    return ManifestEntry(folder.path, folder.stages()["train"])
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose one file is, for this test, the official one of E2E."""
+    (tmp_path / "e2e").mkdir()
+    file = tmp_path / "e2e" / "trainset.csv"
+    file.write_text("mr,ref\nname[x],x\n")
+    of_hub = Download("https://hub.example/trainset.csv", sha256(file), file.stat().st_size)
+    monkeypatch.setattr(table, "OFFICIAL", [of_hub])
+    return file
+
+
+def test_only_what_the_hub_knows_is_a_data_set_of_the_hub(official: Path, tmp_path: Path) -> None:
+    for data in (official, official.parent, Path(shutil.copyfile(official, tmp_path / "mine.csv"))):
+        assert hub_dataset(recorded(tmp_path, data)) == "tuetschek/e2e_nlg", data
+    assert hub_dataset(recorded(tmp_path, "hf://org/rows")) == hub_dataset(recorded(tmp_path, "org/rows")) == "org/rows"
+    entry = recorded(tmp_path, official.parent)
+    official.write_text(official.read_text() + "name[y],y\n")
+    for other in (entry, recorded(tmp_path, official), recorded(tmp_path, official.parent), None):
+        assert hub_dataset(other) is None, "edited, or not recorded"
+
+
+def test_a_folder_that_has_gone_is_no_hub_id(run: Path) -> None:
+    """`data/rows`, which was there when it was trained on, looks like ORG/NAME."""
+    manifest = run / "train" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["stages"]["train"]["inputs"]["data"]["path"] = "data/rows"
+    manifest.write_text(json.dumps(content))
+    assert main(["card", str(run)]) == 0
+    assert "datasets" not in front((run / "README.md").read_text())
+
+
+def test_public_data_are_named_and_give_the_widget_its_prompt(run: Path, official: Path) -> None:
+    """The first scored prompt as the model got it; of data that are nobody else's to see, none."""
+    row = {"id": "0", "prompt": "Data: name[x]\nText:", "prediction": "x.", "references": ["x"]}
+    (run / "after" / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["card", str(run), "--files", "merged"]) == 0
+    assert "widget" not in front((run / "README.md").read_text())
+    with RunFolder(run / "after").recording("evaluate", {"data": official}):
+        pass
+    with RunFolder(run / "train").recording("train", {"data": official, "model": "org/base"}):
+        pass
+    assert main(["card", str(run), "--files", "merged"]) == 0
+    text = (run / "README.md").read_text()
+    card = ModelCard(text)  # the hub's own reader
+    assert card.data.datasets == ["tuetschek/e2e_nlg"] and "e2e_nlg" in card.data.tags
+    [example] = card.data.widget
+    assert example == {"text": row["prompt"], "example_title": "e2e_nlg", "output": {"text": "x."}}
+    [result] = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("tuetschek/e2e_nlg", "bleu", 61.25)
+    assert result.metric_args == {"n": 547, "interval_95": [60.25, 62.25]}
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "finetune")
+    assert card.data.pipeline_tag == "text-generation" and card.data.library_name == "transformers"
+    assert card.data.to_dict() == ModelCard(str(card)).data.to_dict(), "read and written alike"
+
+
+def test_metadata_that_the_hubs_reader_takes_back() -> None:
+    """Names of metrics as the hub has them, where it has them."""
+    found = [Metric("samsum", name, 40.126, (39.0, 41.0), 5) for name in ("rouge_l", "rouge_1", "meteor", "bleu")]
+    facts = CardFacts("x", "adapter", "org/base", task="samsum", metrics=found, widget=[WidgetExample("p", "a", "t")])
+    data = ModelCard(model_card(facts)).data
+    assert [one.metric_type for one in data.eval_results] == ["rouge", "rouge", "meteor", "bleu"]
+    assert data.base_model_relation == "adapter" and data.model_name == "x"
+    assert all(one.metric_args["interval_95"] == [39.0, 41.0] for one in data.eval_results)

@@ -20,6 +20,7 @@ from rankwise.data.sources.official import Download, is_archive
 from rankwise.data.sources.rows import JSON_SUFFIXES, PARQUET, RowFile, csv_rows, json_rows, tsv_rows
 from rankwise.errors import UsageError
 from rankwise.files.adapter import TASK
+from rankwise.files.atomic import fingerprint, sha256
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"} | {
     "dev_matched": "dev",
@@ -45,6 +46,14 @@ CONVERSATIONS = (  # the forms of `slots.FORMS`
     *("instruction response", "system_prompt question response", "prompt completion", "prompt response"),
     "prefix suffix",
 )
+
+
+ON_HUB = {  # the same data sets, by their hub ids
+    "e2e_nlg": "tuetschek/e2e_nlg",
+    "samsum": "Samsung/samsum",
+    "wikisql": "Salesforce/wikisql",
+    "multi_nli": "nyu-mll/multi_nli",
+}
 
 
 @dataclass(frozen=True)
@@ -237,3 +246,17 @@ def _kind_of_file(file: Path) -> str | None:
 def first_of(folder: Path, names: Collection[str]) -> Path | None:
     """The first of the names that the folder holds."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def official_on_hub(path: Path, recorded: str | None) -> str | None:
+    """The hub id of the data set whose official file was read, told by its content: the fingerprint on record, or that
+    of the path where it is still what was recorded (a folder of official files, a large archive)."""
+    names = {name: each for each in SOURCES.values() for split in each.files for name in each.sought(split).all_names}
+    official = {each.sha256: names[each.name].name for each in OFFICIAL}
+    found = official.get(recorded or "")
+    if not found and recorded and path.exists() and fingerprint(path) == recorded:
+        files = [path / each.name for each in OFFICIAL] if path.is_dir() else [path]
+        sizes = {each.size for each in OFFICIAL}
+        here = [file for file in files if file.is_file() and file.stat().st_size in sizes]
+        found = next((official[mark] for mark in map(sha256, here) if mark in official), None)
+    return ON_HUB.get(found or "")
