@@ -1,4 +1,4 @@
-"""The `rankwise` command. Imports nothing heavy: `rankwise --help` and most `--help`s answer at once.
+"""The `rankwise` command. Imports nothing heavy: `rankwise --help` and every `--help` answer at once.
 
 rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 """
@@ -20,8 +20,9 @@ from typing import Any
 
 from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
-from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, typed_values, unknown
+from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, options_of, typed_values, unknown
 from rankwise.options.flags import build_parser, parse_flags
+from rankwise.options.help import bold, help_text
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
 from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options
@@ -30,19 +31,25 @@ RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # of a path where nothing can be looked for, or made
+HELPS = ("-h", "--help", "--help-all", "--help_all")
+FILE_NOTE = "A YAML, JSON or TOML file of these options, or a recipe with this command, may come first; flags win."
+TRAINER_NOTE = (
+    "Options of transformers.TrainingArguments are taken too, such as --learning_rate, --num_train_epochs, "
+    "--per_device_train_batch_size, --gradient_accumulation_steps and --report_to: `rankwise {} --help-all` shows them."
+)
 NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
 def overview() -> str:
     lines = [
-        "usage: rankwise COMMAND [FILE] [--option value …]",
+        f"{bold('usage:')} rankwise COMMAND [FILE] [--option VALUE …]",
         "",
         "Find where a model needs rank, train exactly that, prove it, ship it.",
     ]
     width = 2 + max(map(len, COMMANDS))
     for group in GROUPS:
         rows = [(name, row.help) for name, row in COMMANDS.items() if row.group == group]
-        lines += ["", group, *(f"  {name:<{width}}{text}" for name, text in rows)]
+        lines += ["", bold(group), *(f"  {name:<{width}}{text}" for name, text in rows)]
     lines += [
         "",
         "`rankwise COMMAND --help` shows a command's options. A YAML, JSON or TOML file may come first; flags win.",
@@ -56,7 +63,23 @@ def members(word: str) -> list[str]:
 
 
 def group_overview(word: str) -> str:
-    return "\n".join([f"usage: rankwise {word} COMMAND [FILE] [--option value …]", "", *member_lines(word)])
+    return "\n".join([f"{bold('usage:')} rankwise {word} COMMAND [FILE] [--option VALUE …]", "", *member_lines(word)])
+
+
+def command_help(name: str, whole: bool) -> str:
+    """The help of one command; whole: with the options of transformers' Trainer, whose import takes seconds."""
+    command = COMMANDS[name]
+    below = member_lines(name)
+    notes = [FILE_NOTE] * command.takes_file + [TRAINER_NOTE.format(name)] * (command.trainer and not whole)
+    notes += ["\n".join([f"  commands below {name}:", *(f"  {line}" for line in below)])] if below else []
+    known = [*(command_options(command) if whole else options_of(command.config)), DRY_RUN]
+    usage = f"{name} {positionals_text(command)}[--option VALUE …]"
+    return help_text(usage, command.about, command.example, known, notes)
+
+
+def positionals_text(command: Command) -> str:
+    words = ["CONFIG"] * command.takes_file + [word.upper() for word in command.positionals]
+    return "".join(f"[{word}] " for word in words) + "… " * command.repeated
 
 
 def member_lines(word: str) -> list[str]:
@@ -126,12 +149,7 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     command = COMMANDS[name]
     prog = f"rankwise {name}"
     known = [*command_options(command), DRY_RUN]
-    shown = " ".join(["[CONFIG]"] * command.takes_file + [f"[{word.upper()}]" for word in command.positionals])
-    shown += " …" * command.repeated
-    below = member_lines(name)
-    epilog = "\n".join(["commands below it:", *below]) if below else ""
-    parser = build_parser(prog, type(command.config).__doc__ or "", known, shown, epilog)
-    words, given = parse_flags(parser, known, argv)
+    words, given = parse_flags(build_parser(prog, known), known, argv)
     path, positionals = take_positionals(command, words, prog)
     twice = [name for name in positionals if name in given]
     if twice:
@@ -181,12 +199,17 @@ def mark_unknown(elsewhere: set[str], found: re.Match[str]) -> str:
 
 
 def answer_help(words: Sequence[str]) -> bool:
-    """Whether the line asks for the overview, a group's or the version only, which is then printed."""
-    helps = ("-h", "--help")
-    if not words or words[0] in (*helps, "help"):
+    """Whether the line asks for help or the version only, which is then printed."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in HELPS:
         print(overview())
-    elif len(words) == 2 and words[1] in helps and words[0] not in COMMANDS and members(words[0]):
-        print(group_overview(words[0]))
+    elif any(word in HELPS for word in words):
+        asked = [word for word in words if word not in HELPS]
+        if len(asked) == 1 and asked[0] not in COMMANDS and members(asked[0]):
+            print(group_overview(asked[0]))
+        else:
+            print(command_help(split_command(asked)[0], whole=not {*words}.isdisjoint(HELPS[2:])))
     elif words[0] in ("-V", "--version"):
         print(f"rankwise {__version__}")
     else:

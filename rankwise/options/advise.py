@@ -12,7 +12,10 @@ PLACEMENTS = ("attention", "mlp", "experts", "energy", "eva")
 
 @dataclass(frozen=True)
 class AdviseConfig(Options):
-    """Recommend learning rate, rank and matrices for a LoRA run, from short runs within a time limit."""
+    """Recommend learning rate, rank and matrices for a LoRA run, from short runs within a time limit.
+
+    rankwise advise runs/demo/base runs/demo/data --minutes 2 --ranks 8,4 -o runs/advise
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -37,12 +40,18 @@ class AdviseConfig(Options):
         aliases=("smallest_effect",),
     )
     target: str | None = option(choices=TARGETS, help="matrices to adapt [every layer's attention, MLP and mixer]")
-    train_size: int | None = option(least=1, help="maximum number of training rows [as many as the steps take]")
+    train_size: int | None = option(
+        least=1, help="maximum number of training rows [as many as the steps take]", group="data"
+    )
     choose_size: int | None = option(
-        least=20, help="number of held-out items that decide, one per prompt [100, at most a fifth of the prompts]"
+        least=20,
+        help="number of held-out items that decide, one per prompt [100, at most a fifth of the prompts]",
+        group="data",
     )
     confirm_size: int | None = option(
-        least=20, help="number of held-out items for the last comparison and the expected loss [150, at most a fifth]"
+        least=20,
+        help="number of held-out items for the last comparison and the expected loss [150, at most a fifth]",
+        group="data",
     )
     lr_scheduler_type: str = option(
         "linear", choices=("constant", "cosine", "linear"), help="learning rate schedule, over each run's own steps"
@@ -53,9 +62,11 @@ class AdviseConfig(Options):
     num_epochs: float = option(
         3, above=0, help="epochs of the real run, for advice.yaml", aliases=("num_train_epochs",)
     )
-    emit: list[str] = option([], choices=TRAINERS, help="also write the advice as a config for these trainers")
+    emit: list[str] = option(
+        [], choices=TRAINERS, help="also write the advice as a config for these trainers", group="output"
+    )
     batch_arms: int = option(16, least=1, help="maximum runs trained together; changes the time, not the numbers")
-    no_plots: bool = option(False, help=NO_PNG)
+    no_plots: bool = option(False, help=NO_PNG, group="output")
     output_dir: str = output("runs/advise", help="run folder")
     device: str = option("auto", help=DEVICE)
     seed: int = seeded(42, help=SEED)

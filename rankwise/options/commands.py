@@ -49,29 +49,35 @@ def by_reference(server: str | None, write_cases: str | None, cases: str | None)
 
 @dataclass(frozen=True)
 class FinetuneConfig(Options):
-    """Fine-tune all parameters briefly: for a meaningful delta, not for quality."""
+    """Fine-tune all parameters briefly: for a meaningful delta, not for quality.
+
+    rankwise finetune --model_name runs/demo/base --data_path runs/demo/data --subset_ratio 0.1 -o runs/probe
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     towers: TowersSection = field(default_factory=TowersSection)
     output_dir: str = output("saved_models/preliminary_finetune", help="run folder")
-    subset_ratio: float = option(0.01, above=0, most=1, help="share of the rows, per task type")
-    max_samples: int = option(1000, least=1, help="maximum number of training rows")
+    subset_ratio: float = option(0.01, above=0, most=1, help="share of the rows, per task type", group="data")
+    max_samples: int = option(1000, least=1, help="maximum number of training rows", group="data")
     learning_rate: float = option(2e-5, least=0, help="peak learning rate", aliases=("lr",))
     batch_size: int = option(1, least=1, help="rows per device and step", aliases=("per_device_train_batch_size",))
     gradient_accumulation: int = option(8, least=1, help="steps per update", aliases=("gradient_accumulation_steps",))
     num_epochs: float = option(1, help="epochs over the subset", aliases=("num_train_epochs",))
-    use_wandb: bool = option(False, help="log to Weights & Biases (extra: track)")
+    use_wandb: bool = option(False, help="log to Weights & Biases (extra: track)", group="output")
     seed: int = seeded(42, help=SEED)
     save: str = option(
         "deltas",
         choices=("deltas", "checkpoints", "both"),
         help="what to save: float32 deltas, or pretrained/ and finetuned/",
+        group="output",
     )
     method: str = option("full", choices=("full", "lora"), help="train all parameters, or a cheap high-rank LoRA probe")
     lora_r: int = option(64, least=1, help="rank of the LoRA probe", aliases=("r",))
     target: str | None = option(choices=TARGETS, help="matrices to train alone: those of `train --target` [everything]")
-    skip_shards: int = option(0, least=0, help="number of subsets to skip: disjoint data for a second probe")
+    skip_shards: int = option(
+        0, least=0, help="number of subsets to skip: disjoint data for a second probe", group="data"
+    )
     resume_from_checkpoint: str | None = option(help=RESUME)
     allow_partial_resume: bool = option(False, help=PARTIAL)
     training: dict[str, Any] = field(default_factory=dict)
@@ -79,11 +85,14 @@ class FinetuneConfig(Options):
 
 @dataclass(frozen=True)
 class RanksConfig(Options):
-    """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter."""
+    """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter.
+
+    rankwise ranks --deltas runs/demo/probe --budget uniform:8 -o runs/ranks
+    """
 
     base: str | None = reads_or_hub(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
     tuned: str | None = reads_or_hub(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = reads(help=DELTAS)
+    deltas: str | None = reads(help=DELTAS, group="model")
     adapter: str | None = reads_or_hub(help="LoRA adapter, by its factors; with BASE its intruder dimensions, too")
     output_dir: str = output(".", help="folder for configs/ and analysis_outputs/svd/", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
@@ -98,28 +107,33 @@ class RanksConfig(Options):
         choices=("weight", "activation", "loss", "auto"),
         help="how singular directions are weighted: weight norm, activation, loss, or the best by gain kept",
     )
-    probe2: list[str] = reads([], help="further probes (deltas or checkpoints), for repeatability")
+    probe2: list[str] = reads([], help="further probes (deltas or checkpoints), for repeatability", group="model")
     gain: str | None = reads(help="held-out data to measure the plan's share of the loss gain on")
     data: DataSection = field(default_factory=DataSection)
     model_name: str | None = reads_model(help="model to run for --gain, --metric and --signal [the base]")
-    num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal")
+    num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal", group="data")
     batch_size: int = option(16, least=1, help="rows per forward pass")
-    emit: list[str] = option([], choices=TRAINERS, help="also write the plan as a config for these trainers")
+    emit: list[str] = option(
+        [], choices=TRAINERS, help="also write the plan as a config for these trainers", group="output"
+    )
     allow_noise: bool = option(False, help="plan even if the delta is mostly rounding noise (recorded in the plan)")
-    no_plots: bool = option(False, help=NO_PNG)
-    save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors")
+    no_plots: bool = option(False, help=NO_PNG, group="output")
+    save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors", group="output")
     device: str = option("cpu", help="cpu or cuda")
     seed: int = seeded(42, help="random seed of the sketch, the null spectra and the shuffles")
 
 
 @dataclass(frozen=True)
 class ExtractConfig(Options):
-    """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta."""
+    """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta.
+
+    rankwise extract --deltas runs/demo/probe --rank 8 -o runs/extracted
+    """
 
     base: str | None = reads_or_hub(help="base checkpoint", aliases=("pretrained",))
     tuned: str | None = reads_or_hub(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = reads(help=DELTAS)
-    plan: str | None = reads(help="rank plan", aliases=("lora_config",))
+    deltas: str | None = reads(help=DELTAS, group="model")
+    plan: str | None = reads(help="rank plan", aliases=("lora_config",), group="method")
     rank: int | None = option(least=1, help="one rank for all sites, instead of a plan", aliases=("r",))
     sites: SitesSection = field(default_factory=SitesSection)
     save_modules: bool = option(False, help="copy changed embeddings, heads, norms and biases in full")
@@ -131,7 +145,10 @@ class ExtractConfig(Options):
 
 @dataclass(frozen=True)
 class CompressConfig(Options):
-    """Compress an adapter to lower ranks, exactly, through QR of its factors."""
+    """Compress an adapter to lower ranks, exactly, through QR of its factors.
+
+    rankwise compress runs/demo/train --energy 0.9 -o runs/compressed
+    """
 
     adapter: str | None = reads_or_hub(help="adapter or run folder")
     energy: float | None = option(above=0, most=1, help="energy that each site keeps")
@@ -141,7 +158,7 @@ class CompressConfig(Options):
         choices=("energy", "sigma"),
         help="what --budget goes by: energy per parameter, or σ alone, one threshold for all sites [energy]",
     )
-    plan: str | None = reads(help="rank plan of this adapter's sites, instead of energy or budget")
+    plan: str | None = reads(help="rank plan of this adapter's sites, instead of energy or budget", group="method")
     uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
     intruders: float | None = option(
         least=0,
@@ -156,7 +173,10 @@ class CompressConfig(Options):
 @final
 @dataclass(frozen=True)
 class TrainConfig(Options):
-    """Train LoRA or QLoRA, with a rank plan or a uniform rank, in phases or not."""
+    """Train LoRA or QLoRA, with a rank plan or a uniform rank, in phases or not.
+
+    rankwise train --model_name runs/demo/base --data_path runs/demo/data --lr 4e-3 --num_epochs 2 -o runs/train
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -168,20 +188,24 @@ class TrainConfig(Options):
     selection: SelectionSection = field(default_factory=SelectionSection)
     estimate: EstimateSection = field(default_factory=EstimateSection)
     arms: str | None = reads(
-        help="adapters to train in one batch: YAML or JSON list of {name, rank | plan, learning_rate, seed, scale}"
+        help="adapters to train in one batch: YAML or JSON list of {name, rank | plan, learning_rate, seed, scale}",
+        group="method",
     )
     output_dir: str = output("saved_models/dynamic_lora_model", help="run folder, with the adapter")
     adapter_folder: str = option(
-        ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"
+        ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder", group="output"
     )
     val_path: str | None = reads(help="validation rows [a share of the training groups]")
-    val_fraction: float = option(0.05, least=0, below=1, help="validation share of the groups without --val_path")
+    val_fraction: float = option(
+        0.05, least=0, below=1, help="validation share of the groups without --val_path", group="data"
+    )
     max_samples: int | None = option(
         least=1,
         help="maximum number of rows, for training and validation together (without those of --val_path)",
         aliases=("num_samples",),
+        group="data",
     )
-    max_val_samples: int | None = option(least=1, help="maximum number of validation rows")
+    max_val_samples: int | None = option(least=1, help="maximum number of validation rows", group="data")
     packing: bool = option(False, help="pack samples into rows of up to --max_seq_length tokens, kept apart")
     yes: bool = option(False, help="quantize a base of which most stays in 16 bits: fused experts")
     seed: int = seeded(42, help=SEED)
@@ -192,11 +216,14 @@ class TrainConfig(Options):
 
 @dataclass(frozen=True)
 class CheckConfig(Options):
-    """Check a data set before training: rows, images, tokens, labels."""
+    """Check a data set before training: rows, images, tokens, labels.
+
+    rankwise check --model_name runs/demo/base --data_path runs/demo/data -o runs/check
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
-    split: str = option("train", choices=SPLITS, help=SPLIT)
+    split: str = option("train", choices=SPLITS, help=SPLIT, group="data")
     workers: int | None = option(least=0, help="processes that decode images, 0: none [one per core, maximum 8]")
     compare: int = option(8, least=0, help="samples with images to compare with the processor's own ids and pixels")
     run_model: bool = option(False, help="run samples through the model's own weights [a cut-down, random copy]")
@@ -205,15 +232,18 @@ class CheckConfig(Options):
 
 @dataclass(frozen=True)
 class EvaluateConfig(Options):
-    """Score a base model, an adapter or a merged model on a task; measure forgetting."""
+    """Score a base model, an adapter or a merged model on a task; measure forgetting.
+
+    rankwise evaluate runs/demo/train --data_path runs/demo/data --num_samples 20 -o runs/scores
+    """
 
     model_name: str | None = reads_or_hub(
         help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
     )
     base_model_id: str | None = reads_or_hub(help="base of an adapter [as it records]", aliases=("base_model",))
     data: ScoredData = field(default_factory=ScoredData)
-    split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI")
-    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI", group="data")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]", group="data")
     batch_size: int = option(16, least=1, help="prompts per step")
     generation: GenerationSection = field(default_factory=GenerationSection)
     depth: DepthUseSection = field(default_factory=DepthUseSection)
@@ -226,7 +256,7 @@ class EvaluateConfig(Options):
     forget: str | None = reads(help="other text (.txt, .jsonl) for KL from the base and perplexities")
     lm_eval_tasks_path: str | None = reads(help="folder with your own task files, for lm_eval:NAME")
     num_fewshot: int | None = option(least=0, help="few-shot examples, for lm_eval:NAME [the task's default]")
-    dtype: str = option("auto", choices=DTYPES, help="precision of the model")
+    dtype: str = option("auto", choices=DTYPES, help="precision of the model", group="model")
     output_dir: str | None = output(help="folder for the scores [evaluation/ in the model's folder]")
     device: str = option("auto", help=DEVICE)
     seed: int = seeded(42, help="random seed of sampling and bootstrap")
@@ -234,32 +264,45 @@ class EvaluateConfig(Options):
 
 @dataclass(frozen=True)
 class MergeConfig(Options):
-    """Merge an adapter into its base, shard by shard, verified."""
+    """Merge an adapter into its base, shard by shard, verified.
+
+    rankwise merge runs/demo/train -o runs/merged
+    """
 
     adapter: str | None = reads_or_hub(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
     base_model: str | None = reads_model(help="base model [as the adapter records]", aliases=("model_name",))
     output_dir: str = output("merged_model", help="Hugging Face checkpoint", aliases=("output_path",))
-    dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export")
-    max_shard_size: str = option("5GB", help="maximum size per file")
+    dtype: str = option(
+        "auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export", group="output"
+    )
+    max_shard_size: str = option("5GB", help="maximum size per file", group="output")
     data: DataSection = field(default_factory=DataSection)
-    split: str = option("dev", choices=SPLITS, help="official split of --data_path for the prompts")
-    num_samples: int = option(8, least=1, help="prompts of --data_path to compare on; without it, random tokens")
+    split: str = option("dev", choices=SPLITS, help="official split of --data_path for the prompts", group="data")
+    num_samples: int = option(
+        8, least=1, help="prompts of --data_path to compare on; without it, random tokens", group="data"
+    )
     max_memory: str | None = option(help="memory of the comparison; larger models go layer by layer [free memory]")
     no_verify: bool = option(False, help="skip verification: merged tensors and logits against base + adapter")
 
 
 @dataclass(frozen=True)
 class ReportConfig(Options):
-    """Write one self-contained page for a run folder."""
+    """Write one self-contained page for a run folder.
+
+    rankwise report runs/demo
+    """
 
     run: str | None = reads(help="run folder")
     out: str | None = output(help="page to write [report.html in the run folder]", path="file")
-    title: str | None = option(help="page title")
+    title: str | None = option(help="page title", group="output")
 
 
 @dataclass(frozen=True)
 class DemoConfig(Options):
-    """Run the whole flow on a model and data created here, offline, on a CPU, in about four minutes."""
+    """Run the whole flow on a model and data created here, offline, on a CPU, in about four minutes.
+
+    rankwise demo
+    """
 
     output_dir: str | None = output(help="run folder [runs/demo, runs/demo-vision, -experts or -MODEL]")
     model: str | None = reads_model(help="use this chat model: folder, hub id or GGUF file", aliases=("model_name",))
@@ -272,7 +315,10 @@ class DemoConfig(Options):
 
 @dataclass(frozen=True)
 class TinyConfig(Options):
-    """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`."""
+    """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`.
+
+    rankwise tiny
+    """
 
     output_dir: str = output("runs/tiny", help="folder for base/ and photos/")
     seed: int = seeded(42, help=SEED)
@@ -281,9 +327,12 @@ class TinyConfig(Options):
 
 @dataclass(frozen=True)
 class RunConfig(Options):
-    """Run a pipeline of stages from one file."""
+    """Run a pipeline of stages from one file.
 
-    recipe: str | None = reads_or_text(help="recipe file, or name of a packaged recipe")
+    rankwise run quickstart
+    """
+
+    recipe: str | None = reads_or_text(help="recipe file, or name of a packaged recipe", group="method")
     output_dir: str | None = output(help="run folder [runs/<recipe>]")
     set: list[str] = option([], commas=False, help=SET)
     only: list[str] = option([], help="stages to run, no others")
@@ -296,9 +345,14 @@ class RunConfig(Options):
 
 @dataclass(frozen=True)
 class BatchConfig(Options):
-    """Run several recipes, one after the other, each in its own folder."""
+    """Run several recipes, one after the other, each in its own folder.
 
-    recipes: list[str] = reads_or_text([], commas=False, help="recipe files, or names of packaged recipes")
+    rankwise batch quickstart features -o runs/batch
+    """
+
+    recipes: list[str] = reads_or_text(
+        [], commas=False, help="recipe files, or names of packaged recipes", group="method"
+    )
     output_dir: str = output("runs/batch", help="parent of the run folders")
     set: list[str] = option([], commas=False, help=SET)
     force: bool = option(False, help="rerun all stages")
@@ -307,16 +361,22 @@ class BatchConfig(Options):
 
 @dataclass(frozen=True)
 class CompareConfig(Options):
-    """Compare finished runs: parameters, time, losses, gradient norms, scores."""
+    """Compare finished runs: parameters, time, losses, gradient norms, scores.
+
+    rankwise compare runs/demo/train runs/train -o runs/comparison
+    """
 
     runs: list[str] = reads([], commas=False, help="run folders")
     output_dir: str = output("comparison", help="folder for tables and plot")
-    no_plots: bool = option(False, help=NO_PNG)
+    no_plots: bool = option(False, help=NO_PNG, group="output")
 
 
 @dataclass(frozen=True)
 class DiffConfig(Options):
-    """Compare two rank plans."""
+    """Compare two rank plans.
+
+    rankwise ranks diff runs/demo/ranks runs/ranks
+    """
 
     first: str | None = reads(help="rank plan (lora_rank_config.json)")
     second: str | None = reads(help="rank plan to compare it with")
@@ -324,9 +384,12 @@ class DiffConfig(Options):
 
 @dataclass(frozen=True)
 class BundleConfig(Options):
-    """Bundle all that an app needs to run the model, with golden vectors to replay."""
+    """Bundle all that an app needs to run the model, with golden vectors to replay.
 
-    export: str | None = reads(help="export folder", aliases=("model_path",))
+    rankwise bundle runs/demo/gguf --validation runs/demo/validation -o runs/bundle
+    """
+
+    export: str | None = reads(help="export folder", aliases=("model_path",), group="model")
     output_dir: str = output("bundle", help="bundle folder", aliases=("output_path",))
     outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
     validation: str | None = reads_or_text(
@@ -334,10 +397,13 @@ class BundleConfig(Options):
     )
     reference: str | None = option(
         help="merged model the files were made from [as recorded in the export]; of a hand-off the tuned model, merged "
-        "or an adapter, of any trainer"
+        "or an adapter, of any trainer",
+        group="model",
     )
     data: ScoredData = field(default_factory=ScoredData)
-    split: str | None = option(help="split to take golden vectors from [the validation's]", choices=SPLITS)
+    split: str | None = option(
+        help="split to take golden vectors from [the validation's]", choices=SPLITS, group="data"
+    )
     num_golden: int = option(8, least=1, help="number of golden vectors, spread over kinds of images")
     top: int = option(64, least=2, help="top-k log-probabilities to record per position")
     tolerance: float | None = option(
@@ -365,62 +431,84 @@ FILES = ("auto", "adapter", "merged", "export", "bundle")
 
 @dataclass(frozen=True)
 class CardConfig(Options):
-    """Write a model card from a run's records; upload card and files to the Hugging Face hub."""
+    """Write a model card from a run's records; upload card and files to the Hugging Face hub.
+
+    rankwise card runs/demo --title Restaurants
+    """
 
     run: str | None = reads(help="run folder, or an adapter, merged model or export alone")
     files: str = option("auto", choices=FILES, help="files to describe [the last product of the run]")
     out: str | None = output(help="card to write [README.md in the run folder]", path="file")
-    title: str | None = option(help="model name [the repository's, else the run folder's]")
-    license: str | None = option(help="license of the result [from the base's own card]")
+    title: str | None = option(help="model name [the repository's, else the run folder's]", group="output")
+    license: str | None = option(help="license of the result [from the base's own card]", group="output")
     base_model: str | None = reads_model(help="hub id of the base, if the run names a local folder")
-    push_to_hub: str | None = option(help="ORG/NAME to upload files and card to")
-    private: bool = option(False, help="make the repository private")
+    push_to_hub: str | None = option(help="ORG/NAME to upload files and card to", group="output")
+    private: bool = option(False, help="make the repository private", group="output")
     allow_unverified: bool = option(False, help="upload even if a verification failed or was skipped")
 
 
 @dataclass(frozen=True)
 class ExportConfig(Options):
-    """Export a merged checkpoint to GGUF files for llama.cpp, verified tensor by tensor."""
+    """Export a merged checkpoint to GGUF files for llama.cpp, verified tensor by tensor.
+
+    rankwise export runs/demo/merged --outtype f16,q8_0 -o runs/gguf
+    """
 
     model: str | None = reads_model(
         help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
     )
     output_dir: str = output("exported_model", help="folder of the GGUF files", aliases=("output_path",))
-    outtype: list[str] = option(["f16", "q8_0"], choices=OUTTYPES, help="quantization types")
-    mmproj: bool | None = option(help="also export vision tower and projector [for vision-language models]")
+    outtype: list[str] = option(["f16", "q8_0"], choices=OUTTYPES, help="quantization types", group="output")
+    mmproj: bool | None = option(
+        help="also export vision tower and projector [for vision-language models]", group="output"
+    )
     name: str | None = option(
         help="base of the file names, <name>-<outtype>.gguf [the model folder's name]",
         aliases=("file_name",),  # in a recipe `name` is the stage's
+        group="output",
     )
     base_model: str | None = reads_model(help="base to measure the kept tuning against [as the merge records]")
     target: str | None = option(help="device.json, or a folder with one [the model folder's]")
-    adapter_gguf: str | None = reads(help="export this LoRA adapter instead, each site's scale in B")
-    llama_cpp_dir: str | None = reads(help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]")
+    adapter_gguf: str | None = reads(help="export this LoRA adapter instead, each site's scale in B", group="model")
+    llama_cpp_dir: str | None = reads(
+        help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]", group="method"
+    )
     install_converter: bool = option(False, help="download llama.cpp's converter into the cache first")
     no_verify: bool = option(False, help="skip verification of the files against the checkpoint")
 
 
 @dataclass(frozen=True)
 class ValidateConfig(Options):
-    """Score under the device's conditions, and prove that llama.cpp runs what was trained."""
+    """Score under the device's conditions, and prove that llama.cpp runs what was trained.
 
-    export: str | None = reads(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
-    mmproj: str | None = reads(help="vision part of a single GGUF file")
+    rankwise validate runs/demo/gguf --data_path runs/demo/data -o runs/validation
+    """
+
+    export: str | None = reads(help="export folder, or one GGUF file", aliases=("gguf", "model_path"), group="model")
+    mmproj: str | None = reads(help="vision part of a single GGUF file", group="model")
     adapter_gguf: list[str] = reads(
-        [], help="LoRAs on top of the export, which is their base; the first is validated, the others loaded beside it"
+        [],
+        help="LoRAs on top of the export, which is their base; the first is validated, the others loaded beside it",
+        group="model",
     )
     reference: str | None = option(
         help="merged model the files were made from, or with --adapter_gguf their adapters, in its order [as recorded "
-        "in the export]"
+        "in the export]",
+        group="model",
     )
     server: str | None = option(
         address=True,
         help="llama.cpp server that runs the files, on the phone for example; or, http://HOST/v1, any "
         "OpenAI-compatible server, which is asked whether it is --reference that answers",
+        group="model",
     )
-    served_model: str | None = option(help="name of the model at an OpenAI-compatible server [the only one there]")
+    served_model: str | None = option(
+        help="name of the model at an OpenAI-compatible server [the only one there]", group="model"
+    )
     api: str | None = option(
-        choices=("completions", "chat"), help="the only API of an OpenAI-compatible server to ask [all that it has]"
+        choices=("completions", "chat"),
+        help="the only API of an OpenAI-compatible server to ask [all that it has]",
+        group="model",
     )
     write_cases: str | None = option(
         path="folder", help="folder for prompts, forced answers and both models' log-probabilities, to ask elsewhere"
@@ -428,8 +516,8 @@ class ValidateConfig(Options):
     cases: str | None = reads(help="such a folder, in place of the models")
     answers: str | None = reads(help="what an app answered to --cases, as JSON Lines")
     data: ScoredData = field(default_factory=ScoredData)
-    split: str = option("dev", choices=SPLITS, help="official split")
-    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    split: str = option("dev", choices=SPLITS, help="official split", group="data")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]", group="data")
     outtype: list[str] = option(
         [], help="quantization types to validate; the last one is the one you ship [all exported]"
     )
@@ -449,12 +537,16 @@ class ValidateConfig(Options):
     max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
     sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
     sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
-    imatrix: str | None = reads(help="importance matrix (GGUF of llama-imatrix) for --sweep; iq1 to iq3 need one")
+    imatrix: str | None = reads(
+        help="importance matrix (GGUF of llama-imatrix) for --sweep; iq1 to iq3 need one", group="method"
+    )
     calibration_samples: int | None = option(
-        least=1, help="number of training rows, pictures included, to compute an importance matrix from"
+        least=1, help="number of training rows, pictures included, to compute an importance matrix from", group="data"
     )
     calibration_data: str | None = reads(help="file of the calibration rows [the training part of --data_path]")
-    llama_cpp_dir: str | None = reads(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
+    llama_cpp_dir: str | None = reads(
+        help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]", group="method"
+    )
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
     batch_size: int = option(8, least=1, help="prompts per step of the reference")

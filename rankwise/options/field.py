@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from rankwise.errors import UsageError
@@ -27,6 +27,15 @@ PARSERS = {".json": lambda text: json.loads(text, object_pairs_hook=unique), ".t
 CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
 hints_of = cache(typing.get_type_hints)  # milliseconds each, and a recipe asks for every stage of every change
 INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
+GROUPS = ("model", "data", "method", "output")  # of options, in the order in which `--help` shows them
+GROUP_OF_PATH = {
+    "weights": "model",
+    "read": "data",
+    "text": "data",
+    **dict.fromkeys(OUTPUTS, "output"),
+    "model": "model",
+}
+SEEDS = 2**32  # seeds are below: numpy takes no others
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -61,7 +70,7 @@ class Range:
     @property
     def shown(self) -> str:
         """Text of the range for the help; empty where it is obvious."""
-        guessed = self.most is None and self.below is None and (self.least in (None, 0, 1))
+        guessed = self.most is None and self.below in (None, SEEDS) and self.least in (None, 0, 1)
         return "" if guessed else f" ({str(self).removeprefix('of ')})"
 
     def check(self, name: str, value: Any) -> None:
@@ -82,6 +91,7 @@ def option(
     secret: bool = False,
     address: bool = False,
     path: str = "",
+    group: str = "",
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
@@ -99,9 +109,12 @@ def option(
     path: what the text is the path of, if of anything. "read": a file or folder to read; "weights": the same, or a hub
     id; "model": a model's folder, or a hub id; "text": a file, or what could stand for it; "folder" or "file": one to
     write. A leading `~` of a path is the home folder.
+
+    group: one of GROUPS, under which the help shows it [that of its section, else by what it is the path of, else
+    method].
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short}
-    metadata |= {"commas": commas, "secret": secret, "address": address, "path": path}
+    metadata |= {"commas": commas, "secret": secret, "address": address, "path": path, "group": group}
     metadata |= {"range": Range(least, most, below, above)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -111,13 +124,15 @@ def option(
 reads, reads_or_hub, reads_model = (partial(option, path=kind) for kind in ("read", "weights", "model"))
 reads_or_text = partial(option, path="text")
 output = partial(option, short="-o", path="folder")  # where a command's product goes
-seeded = partial(option, least=0, below=2**32)  # numpy takes no others
+seeded = partial(option, least=0, below=SEEDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What commands, their sections and settings derive from: no number outside its option's range, and no word that is
     not among its choices, can be built in."""
+
+    group: ClassVar[str] = ""  # of all its options in the help
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -155,6 +170,8 @@ class Option:
     range: Range = Range()
     section: str = "options"
     nullable: bool = True
+    group: str = "method"
+    about: str = ""  # what its section says of itself
 
     @property
     def is_bool(self) -> bool:
@@ -175,14 +192,17 @@ def plain_types(annotation: Any) -> tuple[Any, ...]:
 def options_of(defaults: Any, section: str = "options") -> Iterator[Option]:
     """All options of a command (given as an instance: its defaults), sections flattened, as declared."""
     kind: Any = type(defaults)
+    about = "" if section == "options" else str(kind.__doc__).partition("\n")[0]
     hints = hints_of(kind)
     for field in dataclasses.fields(defaults):
         default = getattr(defaults, field.name)
         if dataclasses.is_dataclass(default):
             yield from options_of(default, field.name)
         elif "help" in field.metadata:
-            nullable = type(None) in typing.get_args(hints[field.name])
-            yield Option(field.name, hints[field.name], default, section=section, nullable=nullable, **field.metadata)
+            told = dict(field.metadata)
+            told["group"] = told["group"] or kind.group or GROUP_OF_PATH.get(told["path"], "method")
+            told["nullable"] = type(None) in typing.get_args(hints[field.name])
+            yield Option(field.name, hints[field.name], default, section=section, about=about, **told)
 
 
 def convert(option: Option, value: Any, where: str) -> Any:
@@ -314,7 +334,7 @@ def convert_plain(kind: Any, value: Any) -> Any:
             raise ValueError(f"expected a whole number, got {value!r}")
         try:
             return kind(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise ValueError(f"expected a {'whole ' if kind is int else ''}number, got {value!r}") from None
     if kind is dict or typing.get_origin(kind) is dict:
         return convert_object(value)

@@ -1,6 +1,7 @@
 """From a command line to the values of options: the one builder behind every command.
 
-Abbreviations are off, `--foo-bar` and `--foo_bar` are the same flag, booleans work bare and with True/False.
+Abbreviations are off, `--foo-bar` and `--foo_bar` are the same flag, booleans work bare and with True/False. What
+`--help` shows is in `help.py`.
 
 argparse rather than tyro or jsonargparse: those take a boolean bare or with a value, not both, and want the
 400 fields of TrainingArguments up front, which costs seconds at every `--help`.
@@ -21,32 +22,22 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Text of several lines stays as it is."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text else super()._fill_text(text, width, indent)
-
-
-def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str, epilog: str = "") -> _Parser:
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
-    parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
-    groups: dict[str, argparse._ActionsContainer] = {"options": parser}
+def build_parser(prog: str, options: Sequence[Option]) -> _Parser:
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("positionals", nargs="*")
     for item in options:
-        if item.section not in groups:
-            groups[item.section] = parser.add_argument_group(item.section.replace("_", " "))
-        names = [f"--{name}" for name in (item.name, *item.aliases)] + ([item.short] if item.short else [])
-        shown = "" if item.default in (None, "", [], False) else f" [{item.default}]"
-        choices = f" ({', '.join(item.choices)})" if item.choices else ""
-        groups[item.section].add_argument(
-            *names,
+        parser.add_argument(
+            *spellings(item),
             dest=item.name,
             action="append" if item.is_list else "store",
             default=argparse.SUPPRESS,
-            metavar="BOOL" if item.is_bool else (item.name.split("_")[-1].upper() or None),
-            help=(item.help + choices + item.range.shown + shown).replace("%", "%%"),
         )
     return parser
+
+
+def spellings(item: Option) -> list[str]:
+    """The option's flags: short one, name, other names."""
+    return [*([item.short] if item.short else []), *(f"--{name}" for name in (item.name, *item.aliases))]
 
 
 def normalise(argv: Sequence[str], bools: set[str]) -> list[str]:

@@ -53,24 +53,31 @@ class TeacherSection(Options):
 
 @dataclass(frozen=True)
 class LabelConfig(Options):
-    """Label images by a teacher, or by existing labels, as a data set to train on."""
+    """Label images by a teacher, or by existing labels, as a data set to train on.
 
-    images: str | None = reads_or_hub(help="folder of images, or COCO in its official layout", aliases=("coco_dir",))
-    coco: str | None = option(choices=COCO_SPLITS, help="part of COCO [val2017 without a folder]")
-    download: bool = option(False, help="download missing parts of COCO val2017 (1 GB; extra: data)")
-    from_folders: bool = option(False, help="no teacher: take an image's subfolder as its label")
+    rankwise label runs/tiny/photos --loopback_teacher -o runs/labelled
+    """
+
+    images: str | None = reads_or_hub(
+        help="folder of images, or COCO in its official layout", aliases=("coco_dir",), group="data"
+    )
+    coco: str | None = option(choices=COCO_SPLITS, help="part of COCO [val2017 without a folder]", group="data")
+    download: bool = option(False, help="download missing parts of COCO val2017 (1 GB; extra: data)", group="data")
+    from_folders: bool = option(False, help="no teacher: take an image's subfolder as its label", group="data")
     labels_file: str | None = reads(help="no teacher: .csv, .jsonl or .json file with images and labels")
-    image_column: str | None = option(help="image column of --labels_file [detected by name]")
-    label_column: str | None = option(help="label column of --labels_file [detected by name]")
+    image_column: str | None = option(help="image column of --labels_file [detected by name]", group="data")
+    label_column: str | None = option(help="label column of --labels_file [detected by name]", group="data")
     output_dir: str = output("./dataset", help="data set folder")
     task_file: str | None = reads_or_text(
-        help="task: elements, or a YAML file [elements; without a teacher: the labels]"
+        help="task: elements, or a YAML file [elements; without a teacher: the labels]", group="method"
     )
-    num_images: int = option(1000, least=1, help="number of images to keep; the teacher is asked until reached")
+    num_images: int = option(
+        1000, least=1, help="number of images to keep; the teacher is asked until reached", group="data"
+    )
     min_confidence: float = option(0.75, least=0, most=1, help="threshold below which answers are dropped")
     val_fraction: float = option(0.1, least=0, below=1, help="validation share of the images, per class")
     image_size: int = option(256, least=1, help="side of the square image for device and teacher, in pixels")
-    skip_bad: bool = option(False, help="skip and count unreadable images and rows instead of stopping")
-    allow_outside: bool = option(False, help=OUTSIDE)
+    skip_bad: bool = option(False, help="skip and count unreadable images and rows instead of stopping", group="data")
+    allow_outside: bool = option(False, help=OUTSIDE, group="data")
     seed: int = seeded(42, help="random seed of image order and split")
     teacher: TeacherSection = field(default_factory=TeacherSection)

@@ -39,6 +39,8 @@ def is_harness(task: str | None) -> bool:
 class ModelSection(Options):
     """Which model, and how it is loaded."""
 
+    group = "model"
+
     model_name: str | None = reads_model(
         help="base model: folder, hub id or GGUF file", aliases=("model_path", "base_model", "model_name_or_path")
     )
@@ -55,6 +57,8 @@ class ModelSection(Options):
 @dataclass(frozen=True)
 class DataSection(Options):
     """Which rows, and how they become tokens."""
+
+    group = "data"
 
     task: str | None = option(help="kind of data [detected from the rows]", choices=TASKS, aliases=("dataset",))
     data_path: str | None = reads_or_hub(help="data: file, folder or hub id", aliases=("dataset_dir",))
@@ -129,6 +133,8 @@ class SitesSection(Options):
 @dataclass(frozen=True)
 class LoraSection(Options):
     """What is adapted, with which rank and scale."""
+
+    group = "method"
 
     lora_config: str | None = reads(help="rank plan (lora_rank_config.json)", aliases=("plan",))
     lora_r: int = option(16, least=1, help="rank without a plan", aliases=("r",))
@@ -215,6 +221,8 @@ class TowersSection(Options):
 class DepthUseSection(Options):
     """Where a depth-aware model gets depth from."""
 
+    group = "method"
+
     depth_checkpoint_path: str | None = reads_or_text(
         help="Depth Anything V2: .pth, Hugging Face folder or id [Small, Apache-2.0; a trained model's own]"
     )
@@ -243,6 +251,8 @@ class DepthSection(DepthUseSection):
 @dataclass(frozen=True)
 class EstimateSection(Options):
     """Memory, time and cost of a run, before anything of it runs."""
+
+    group = "output"
 
     estimate: bool = option(False, help="print memory, time, cost and the maximum batch size, and stop")
     gpu: str | None = option(help="GPU (rtx4090, a100-80gb, …) or memory size (24GB) [this machine]")

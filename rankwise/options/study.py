@@ -12,6 +12,8 @@ from rankwise.options.sections import DEVICE, PHASE_STATES, SEED, TARGETS, DataS
 class ProbeSection(Options):
     """Where the deltas come from that plans are made of: finished runs, or short full fine-tunes of the study's own."""
 
+    group = "method"
+
     deltas: list[str] = reads([], help="finished `rankwise finetune` runs; seeds take turns")
     probes: int = option(1, least=1, help="own probes, on disjoint rows of the training part; seeds take turns")
     probe_rows: int = option(500, help="rows per probe")
@@ -44,7 +46,11 @@ class GridSection(Options):
 
 @dataclass(frozen=True)
 class StudyConfig(Options):
-    """Compare rank plans or schedules at equal parameters, over seeds, by a registered protocol."""
+    """Compare rank plans or schedules at equal parameters, over seeds, by a registered protocol.
+
+    rankwise study --model_name runs/demo/base --data_path runs/demo/data --task e2e_nlg
+    --train_size 400 --dev_size 40 --test_size 80 --time_only
+    """
 
     question: str | None = option(help="research question, for the report")
     kind: str = option("plans", choices=("plans", "phases"), help="kind of arms: rank plans or schedules")
@@ -54,9 +60,9 @@ class StudyConfig(Options):
     grid: GridSection = field(default_factory=GridSection)
     dev_path: str | None = reads(help="rows to tune on [groups held out from the training rows]")
     test_path: str | None = reads(help="rows to report on, read once [groups held out of training rows]")
-    train_size: int = option(2000, help="number of training rows")
-    dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt")
-    test_size: int = option(250, least=2, help="number of items to report on, one per prompt")
+    train_size: int = option(2000, help="number of training rows", group="data")
+    dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt", group="data")
+    test_size: int = option(250, least=2, help="number of items to report on, one per prompt", group="data")
     target: str | None = option(choices=TARGETS, help="matrices to adapt [every layer's attention, MLP and mixer]")
     budgets: list[str] = option(
         ["uniform:2", "uniform:4", "uniform:8"], help="parameter budgets: N, uniform:R, or 0.5%; one of them starved"

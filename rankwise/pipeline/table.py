@@ -19,6 +19,8 @@ from rankwise.options.field import Option, build, options_of, typed_values
 from rankwise.options.label import LabelConfig
 from rankwise.options.study import StudyConfig
 
+EXAMPLE = "rankwise "  # how the command line in a config's docstring begins
+
 
 @dataclass(frozen=True)
 class Command:
@@ -38,9 +40,24 @@ class Command:
     repeated: bool = False
 
     @property
+    def about(self) -> str:
+        """What its config says of it, less the example."""
+        return " ".join(text for text in documented(self.config) if not text.startswith(EXAMPLE))
+
+    @property
+    def example(self) -> str:
+        """What its config says that is a command line; it runs after `rankwise demo` and `rankwise tiny`."""
+        return next(text for text in documented(self.config) if text.startswith(EXAMPLE))
+
+    @property
     def help(self) -> str:
-        """The first line of what its config says."""
-        return str(type(self.config).__doc__).partition("\n")[0].rstrip(".")
+        """The first paragraph of what its config says."""
+        return documented(self.config)[0].rstrip(".")
+
+
+def documented(config: Any) -> list[str]:
+    """The paragraphs of its docstring, each as one line."""
+    return [" ".join(text.split()) for text in str(type(config).__doc__).split("\n\n")]
 
 
 COMMANDS = {
@@ -75,7 +92,7 @@ COMMANDS = {
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
 ASKS, GO_ON = ("label",), "yes"  # commands that ask at a terminal, and their option to go on
-DRY_RUN = Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
+DRY_RUN = Option("dry_run", bool, False, "print the resolved config and what would be done, and stop", group="output")
 
 
 def command_options(command: Command) -> list[Option]:

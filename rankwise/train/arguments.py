@@ -40,7 +40,7 @@ ALIASES = {
 }
 # Names that say something else than the field they set: see `translated`.
 TRANSLATED = {
-    row.name: dataclasses.replace(row, section=OLDER)
+    row.name: dataclasses.replace(row, group=OLDER)
     for row in (
         Option("warmup_ratio", float, None, "share of the optimizer steps: warmup_steps below 1", range=SHARE),
         Option("group_by_length", bool, False, "train_sampling_strategy group_by_length"),
@@ -115,7 +115,7 @@ def as_option(field: Any, annotation: Any, defaults: Mapping[str, Any], taken: s
         help=first_sentence(field.metadata.get("help") or ""),
         aliases=tuple(name for name in ALIASES.get(field.name, ()) if name not in taken),
         choices=tuple(member.value for member in members[0]) if members else None,
-        section=SECTION,
+        group=SECTION,
     )
 
 
@@ -125,7 +125,7 @@ def first_sentence(text: str) -> str:
 
 
 def older_options() -> list[Option]:
-    gone = [Option(name, str, None, f"no effect: {why}", section=OLDER) for name, why in NO_LONGER.items()]
+    gone = [Option(name, str, None, f"no effect: {why}", group=OLDER) for name, why in NO_LONGER.items()]
     return [*TRANSLATED.values(), *gone]
 
 

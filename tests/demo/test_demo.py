@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shlex
+import shutil
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from PIL import Image
 from transformers import AutoTokenizer
 
 from rankwise import cli
@@ -83,12 +86,21 @@ def retrained(folder: Path) -> Path:
     return folder / "tokenizer.model"
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `rankwise demo --quick` ran."""
+    here = tmp_path_factory.mktemp("here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert cli.main(["demo", "--quick"]) == 0
+    return here
+
+
 @pytest.mark.slow
-def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "demo"
-    assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
-    printed = capsys.readouterr().out
-    assert str(folder / "report.html") in printed.splitlines()[-1]
+def test_the_quick_demo_makes_every_file(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = quick / "runs" / "demo"
     wanted = (
         *("data/trainset.csv", "data/devset.csv", "base/model.safetensors", "base/tokenizer.model"),
         *("base/tokenizer.json", "probe/deltas", "ranks/configs/lora_rank_config.json", "advise/advice.json"),
@@ -99,8 +111,43 @@ def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureF
     assert EvaluationResult.load(folder / "after").n == EvaluationResult.load(folder / "before").n > 0
     plan = json.loads((folder / "ranks" / "configs" / "lora_rank_config.json").read_text(encoding="utf-8"))
     assert len(plan["rank_pattern"]) == 7 * 3
-    assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
-    assert capsys.readouterr().out.count("done already") == (7 if demo.lacking_parts() else 10), "nothing again"
+    monkeypatch.chdir(quick)
+    capsys.readouterr()
+    assert cli.main(["demo", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "runs/demo/report.html" in printed.splitlines()[-1]
+    assert printed.count("done already") == (7 if demo.lacking_parts() else 10), "nothing again"
+
+
+# Of the examples in the help: what is smaller here than in the real demo, and what an example before has made.
+SMALLER = {
+    "advise": "--choose_size 20 --confirm_size 20",
+    "study": "--train_size 20 --dev_size 10 --test_size 10",
+    "features train": "--epochs 1",
+}
+SHIPPED = ("export", "validate", "bundle")  # need llama.cpp's converter, or what the demo made by it
+ELSEWHERE = ("features downstream",)  # on what `tiny` and `label` make: run in test_downstream.py
+MAKES = ("features capture", "features train")
+COPIED = {"train": "demo/train", "ranks": "demo/ranks"}
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_work_after_the_demo(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that others need run, the others as far as their first write."""
+    monkeypatch.chdir(quick)
+    (quick / "runs/tiny/photos").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(quick / "runs/tiny/photos/fire.png")
+    for made, source in COPIED.items():
+        shutil.copytree(quick / "runs" / source, quick / "runs" / made)
+    for name, row in cli.COMMANDS.items():
+        if name in ELSEWHERE or (name in SHIPPED and demo.lacking_parts()):
+            continue
+        words = [*shlex.split(row.example)[1:], *SMALLER.get(name, "").split(), *["--dry-run"] * (name not in MAKES)]
+        assert cli.split_command(words)[0] == name
+        words += ["--overwrite"] * (name == "train")
+        assert cli.main(words) == 0, (name, capsys.readouterr().err)
 
 
 def test_without_llama_cpp_the_demo_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""What `--help` shows of a command: usage, description, example, and its options in groups.
+
+The groups stand at the options (`option(group=…)`, the sections' `group`, what an option is the path of). The same text
+under every Python: as wide as the terminal or COLUMNS says, bold headings at a terminal unless NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from rankwise.options.field import GROUPS, Option
+from rankwise.options.flags import spellings
+
+NARROWEST, WIDEST = 40, 120  # longer lines are hard to read
+
+
+def columns() -> int:
+    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
+
+
+def bold(text: str) -> str:
+    """The text as a heading where standard output is a terminal that shows it; see no-color.org."""
+    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\033[1m{text}\033[0m" if styled else text
+
+
+def help_text(usage: str, about: str, example: str, options: Sequence[Option], notes: Sequence[str]) -> str:
+    """usage: the line behind the program's name. notes: paragraphs at the end; what is indented stays as it is."""
+    width = columns()
+    lines = [f"{bold('usage:')} rankwise {usage}", "", textwrap.fill(about, width)]
+    lines += ["", bold("example:"), continued(example, width - 6)]
+    found: dict[str, list[Option]] = {}
+    for item in sorted(options, key=lambda item: (*GROUPS, item.group).index(item.group)):
+        found.setdefault(heading(item), []).append(item)
+    for title, items in found.items():
+        lines += ["", *map(bold, textwrap.wrap(title, width)), *(option_text(item, width) for item in items)]
+    for note in notes:
+        lines += ["", note if note.startswith(" ") else textwrap.fill(note, width, break_on_hyphens=False)]
+    return "\n".join(lines)
+
+
+def continued(line: str, width: int) -> str:
+    """A command line, on several lines where it is too long; a flag and its value stay together."""
+    kept = re.sub(r"(?<= )(-\S+) (?!-)", "\\1\0", line)
+    lines = textwrap.wrap(kept, width, break_long_words=False, break_on_hyphens=False)
+    return "  " + " \\\n    ".join(lines).replace("\0", " ")
+
+
+def heading(item: Option) -> str:
+    """ "METHOD: from a delta to a rank"."""
+    about = item.about.rstrip(".").partition(". ")[0]
+    first = about.partition(" ")[0]
+    about = about[:1].lower() + about[1:] if first[1:] == first[1:].lower() else about  # but AdaLoRA's
+    return item.group.upper() + (f": {about}" if about else "")
+
+
+def option_text(item: Option, width: int) -> str:
+    """Flags, and beside or below them what they do, their choices, range and default."""
+    names = [flag for flag in spellings(item) if not flag.endswith("_")]  # that Python has a word of: --from
+    flags, indent = f"  {', '.join(names)}{value_text(item)}", 28 if width < 100 else 36
+    shown = (
+        item.help + (f" ({', '.join(item.choices)})" if item.choices else "") + item.range.shown + default_text(item)
+    )
+    lines = textwrap.wrap(shown, max(width - indent, 12), break_long_words=False, break_on_hyphens=False) or [""]
+    if len(flags) > indent - 2:
+        return "\n".join([flags, *(" " * indent + line for line in lines)])
+    return "\n".join([f"{flags:<{indent}}{lines[0]}", *(" " * indent + line for line in lines[1:])])
+
+
+def value_text(item: Option) -> str:
+    """What stands behind a flag: nothing where it is a switch."""
+    if not item.is_bool:
+        return f" {item.name.strip('_').split('_')[-1].upper()}"
+    return "" if item.default is False else " BOOL" if item.default else " [BOOL]"
+
+
+def default_text(item: Option) -> str:
+    if item.default in (None, "", [], False):
+        return ""
+    return f" [{', '.join(map(str, item.default)) if isinstance(item.default, list) else item.default}]"
