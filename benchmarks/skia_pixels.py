@@ -2,7 +2,7 @@
 
     python benchmarks/skia_pixels.py [--out benchmarks/results]
 
-Writes the table (also into docs/android.md), and what the tests compare with where Skia does not import: Skia's pixels
+Writes the table, and what the tests compare with where Skia does not import: Skia's pixels
 of every picture, and the SHA-256 of what its native bitmaps, Android's software canvas, make of them (tests/data).
 
     pip install 'rankwise[device]'; apt-get install libgl1 libegl1
@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from importlib.metadata import version
@@ -34,8 +33,6 @@ from rankwise.files.atomic import write_json, write_text
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 FILES, PIXELS, HASHES = DATA / "skia", DATA / "skia_pixels.npz", DATA / "skia_canvas.json"
-DOCS = ROOT / "docs" / "android.md"
-MARKS = ("<!-- skia_pixels: made by benchmarks/skia_pixels.py -->", "<!-- /skia_pixels -->")
 SMALL, SIDE = 64, 256  # pixels kept in the repository; the device's
 SHAPES = (
     *((1000, 37), (37, 1000), (4000, 3000), (3024, 4032), (1920, 1080), (640, 480), (480, 640), (300, 200)),
@@ -176,13 +173,6 @@ def kept() -> None:
     write_json(HASHES, {"skia": version("skia-python"), "sizes": [SMALL, SIDE], "sha256_rgb": canvas})
 
 
-def into_docs(text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Between the marks."""
-    page = DOCS.read_text(encoding="utf-8")
-    start, end = map(re.escape, marks)
-    write_text(DOCS, re.sub(f"(?s)({start}\n).*({end})", lambda found: f"{found[1]}{text}\n{found[2]}", page))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--draw", action="store_true", help="make the files of the kinds anew")
@@ -206,9 +196,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "skia_pixels.json", {**facts, "rows": rows})
     head = f"# Our pixels against Skia's\n\n{' · '.join(facts.values())}\n\n"
-    legend = f"Largest (mean) difference of a value, of 255, at {SIDE} × {SIDE}.\n\n"
+    legend = f"Largest (mean) difference of a value, of 255, at {SIDE} × {SIDE}. LANCZOS and BILINEAR: without EXIF\n"
+    legend += "orientation and alpha channel, as a trainer without this contract would.\n\n"
     write_text(options.out / "skia_pixels.md", head + legend + table(rows) + "\n")
-    into_docs(table(rows))
     print(json.dumps({"pictures": len(rows), "ours": max(one["ours"]["max"] for one in rows)}))
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skia_pixels import into_docs
 
 from rankwise.data.device import read_target
 from rankwise.device.app_answers import TokenTexts, observed, read_answers
@@ -35,9 +35,10 @@ from rankwise.device.parity.ladder import Ladder
 from rankwise.device.parity.reference import Observed, common
 from rankwise.device.parity.rungs import RUNGS, said
 from rankwise.device.scores import latency
-from rankwise.files.atomic import write_json
+from rankwise.files.atomic import write_json, write_text
 from rankwise.files.gguf import GGUFFile
 
+DOCS = Path(__file__).parents[1] / "docs" / "android.md"
 MARKS = ("<!-- two_builds: made by benchmarks/two_builds.py -->", "<!-- /two_builds -->")
 SHOWN = ("pixels", "image tokens", "token ids", "logprobs", "text")
 
@@ -133,6 +134,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def into_docs(text: str) -> None:
+    """Between the marks."""
+    page = DOCS.read_text(encoding="utf-8")
+    start, end = map(re.escape, MARKS)
+    write_text(DOCS, re.sub(f"(?s)({start}\n).*({end})", lambda found: f"{found[1]}{text}\n{found[2]}", page))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", help="NAME=FOLDER")
@@ -148,7 +156,7 @@ def main() -> None:
     facts = {"date": date.today().isoformat(), "machine": platform.platform(), "bundles": found}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "two_builds.json", facts)
-    into_docs(table(found), MARKS)
+    into_docs(table(found))
     print(table(found))
 
 

@@ -203,7 +203,7 @@ def plain(text: str) -> str:
 
 
 def python_page() -> str:
-    lines = ["# Python", "", str(rankwise.__doc__).partition("\n\n")[2].replace("\n    ", "\n        ")]
+    lines = ["# Python", "", str(rankwise.__doc__).partition("\n\n")[2]]
     rooms: dict[str, list[str]] = {}
     for home, names in rankwise._HOMES.items():
         rooms.setdefault(home.split(".")[0], []).extend(f"::: rankwise.{home}.{name}" for name in names)

@@ -17,7 +17,9 @@ from rankwise import cli
 from rankwise.cli import main
 from rankwise.labels.teacher.loopback import LoopbackTeacher
 
-SCRIPTS, RECIPES = lines(DOCS / "from-the-scripts.md"), lines(DOCS / "recipes.md")
+SCRIPTS, *PAGES = (
+    lines(DOCS / f"{name}.md") for name in ("from-the-scripts", "recipes", "first-plan", "photos-to-phone")
+)
 ELSEWHERE = {  # lines that other tests run: the way of both recipes, running in the background, a batch of presets
     "rankwise run quickstart": ("test_android_recipe.py", '"run", "quickstart"'),
     "rankwise run smolvlm_android --background": ("test_run_logging.py", '"--background"'),
@@ -29,6 +31,10 @@ ELSEWHERE = {  # lines that other tests run: the way of both recipes, running in
         "test_presets.py",
         'call("compare", *runs',
     ),
+    "rankwise demo": ("test_demo.py", '"demo", "--quick"'),
+    "rankwise run smolvlm_android --background -o runs/phone": ("test_run_logging.py", '"--background"'),
+    "rankwise bundle --replay runs/quickstart/bundle": ("test_bundle.py", '"bundle", "--replay"'),
+    "rankwise bundle --replay runs/phone/bundle --answers phone.jsonl": ("test_app_answers.py", '"--answers"'),
 }
 NEEDS_CONVERTER = ("export", "validate")
 
@@ -73,7 +79,7 @@ def runs_here(line: Line) -> bool:
 SECTIONS = [pytest.param(SCRIPTS, name, id=name) for name in dict.fromkeys(line.section for line in SCRIPTS)]
 
 
-@pytest.mark.parametrize(("page", "section"), [*SECTIONS, pytest.param(RECIPES, "", id="recipes.md")])
+@pytest.mark.parametrize(("page", "section"), [*SECTIONS, *(pytest.param(page, "", id=page[0].page) for page in PAGES)])
 def test_the_documented_lines_run(
     page: list[Line],
     section: str,
@@ -89,12 +95,13 @@ def test_the_documented_lines_run(
         monkeypatch.setenv("OPENAI_BASE_URL", teacher.url)
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         chosen = [line for line in page if not section or line.section == section]
-        failed = [why_not(line, monkeypatch, capsys) for line in chosen if runs_here(line)]
-    assert not any(failed), "\n".join(filter(None, failed))
+        whys = (why_not(line, monkeypatch, capsys) for line in chosen if runs_here(line))
+        failed = next(filter(None, whys), "")  # lines need those before them
+    assert not failed, failed
 
 
 def test_what_runs_elsewhere_does() -> None:
-    written = {line.text for line in (*SCRIPTS, *RECIPES)}
+    written = {line.text for page in (SCRIPTS, *PAGES) for line in page}
     for text, (file, words) in ELSEWHERE.items():
         assert text in written
         (path,) = Path(__file__).parent.rglob(file)

@@ -6,6 +6,7 @@ made(folder) builds it once; `shrunk(line)` is the line with steps, epochs and l
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tiny import tiny_llama
 from tiny_depth import tiny_estimator
 from tiny_isaac import tiny_isaac
 from tiny_vision import tiny_qwen25vl
+
+from rankwise.demo.restaurants import write_task
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 ELEMENTS = {"water": (30, 90, 180), "wood": (45, 110, 45), "fire": (225, 50, 20)}
@@ -43,10 +46,17 @@ GUIDE = {  # the config file of the depth guide, as it stands there
 
 def made(folder: Path) -> Path:
     tiny_llama(folder / TINYLLAMA)
+    tiny_llama(folder / "runs" / "demo" / "base")
+    demo = folder / "runs" / "demo" / "data"
+    demo.mkdir()
+    for name, count in (("trainset", 120), ("devset", 30)):
+        drawn = random.Random(count)
+        write_task(demo / f"{name}.csv", drawn, count=count, references=1, held_out=name == "devset")
     tiny_llama(folder / "tiny")
     for name in ("Qwen2.5-VL-7B", "Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
         tiny_qwen25vl(folder / "Qwen" / name)
-    exported.vision_model(folder / "HuggingFaceTB" / "SmolVLM2-500M-Video-Instruct")
+    for name in ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "runs/quickstart/tiny/base"):
+        exported.vision_model(folder / name)
     tiny_isaac(folder / "isaac_model")
     tiny_estimator(folder / "depth_anything_v2_vitl.pth")  # a folder does as well as the file
     for name, rows in {"e2e_nlg": e2e, "samsum": samsum, "wikisql": wikisql}.items():
@@ -130,6 +140,10 @@ def shrunk(line: Line) -> tuple[list[str], dict[str, str]]:
     return [*words, *more], line.variables | short
 
 
+def shorter_advice(_: list[str]) -> list[str]:
+    return "--minutes 0.01 --steps 8 --batch_size 4 --choose_size 20 --confirm_size 20 --no_plots".split()
+
+
 def shorter_training(words: list[str]) -> list[str]:
     more = ["--no_plots"] + ["--max_steps", "3"] * ("finetune_smolvlm.yaml" not in words)
     if "--phase1_end" in words:
@@ -169,6 +183,7 @@ def shorter_features(words: list[str]) -> list[str]:
 
 
 SHORTER: dict[str, Callable[[list[str]], list[str]]] = {
+    "advise": shorter_advice,
     "finetune": lambda _: ["--subset_ratio", "1", "--gradient_accumulation", "1"],  # more updates than that of rate 0
     "train": shorter_training,
     "run": shorter_recipes,
