@@ -154,3 +154,21 @@ def test_a_study_of_text_comes_to_tables_and_a_figure(
     text = (tmp_path / "how_low_rank.md").read_text()
     assert text.count("| stories260K |") == 7 + 6 + 3 and "measured so far" not in text
     assert (tmp_path / "how_low_rank.png").is_file()
+
+
+def test_the_documented_figures_are_the_measured_ones() -> None:
+    """Tables and the line of every tower word for word; of the sentences what they rest on."""
+    results = ROOT / "benchmarks" / "results"
+    page, doc = (
+        [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("| ", "- **"))]
+        for path in (results / "how_low_rank.md", ROOT / "docs" / "how-low-rank.md")
+    )
+    told = json.loads((results / "how_low_rank.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "how-low-rank.md").read_text(encoding="utf-8").partition("## For choosing a rank")
+    assert doc[: len(page)] == page and all(line in text[2] for line in doc[len(page) :])
+    stories, swept = told["stories260K"], json.loads((results / "advise.json").read_text())["e2e"]["sweep"]["losses"]
+    rows = {(row["optimizer"], row["step"]): row for row in stories["changes"]}
+    best = {rank: min(loss for loss in swept[rank].values() if loss) for rank in ("4", "16")}
+    kept, gain = rows["AdamW", 90]["kept"]["4"][0], rows["AdamW", 90]["gain"][0]
+    assert f"keeps {100 * kept:.0f} % of the gain" in text[2].replace("\n  ", " ")
+    assert f"loses {best['4'] - best['16']:.3f} nats" in text[2].replace("\n  ", " ") and gain > 3
