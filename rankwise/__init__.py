@@ -3,6 +3,7 @@
     delta = rankwise.subtract(base, tuned)                  # weights of one matrix
     spectrum = rankwise.measure(delta, up_to=128, question=lambda s: s.rank_for(0.9))
     plan = rankwise.read_plan("configs/lora_rank_config.json")
+    rankwise.run_command("train", model_name="org/base", data_path="train.jsonl", plan="configs/lora_rank_config.json")
 
 These are the public names; each is imported when it is first used, so `import rankwise` costs nothing.
 """
@@ -22,7 +23,7 @@ _HOMES = {
     "features.approximation": ("normalised",),
     "core.allocate": ("Rule", "by_budget", "by_threshold"),
     "core.plan": ("PlannedSite", "RankPlan"),
-    "files.checkpoint": ("open_checkpoint",),
+    "files.checkpoint": ("open_checkpoint", "resolve"),
     "files.adapter": ("LoraAdapter", "read_adapter", "write_adapter"),
     "files.plan": ("read_plan", "write_plan"),
     "models.load": ("load_model", "load_tokenizer"),
@@ -40,6 +41,8 @@ _HOMES = {
     "device.parity.ladder": ("climb",),
     "data.depth.prepare": ("depth_processor",),
     "evaluate.engines": ("Trained", "load"),
+    "pipeline.preflight": ("run_command",),
+    "demo.command": ("tiny_example",),
     "errors": (
         "DataError",
         "DivergedError",

@@ -50,6 +50,7 @@ QUICK_CHANGES = tuple(
     "after.max_new_tokens=8 validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
 )
 MINUTES = 15.0
+EXAMPLE = World(200, 24, BaseTraining(200, 400, 12, batch_size=8))
 PARTS = (("advise", "model_name"), ("before", "model_path"), ("after", "base_model_id"), ("merge", "base_model"))
 QUICK_GAIN = ("ranks.num_samples=6", "ranks.no_plots=true")
 QUICK_ADVICE = tuple(
@@ -115,14 +116,30 @@ def recipe_name(config: DemoConfig) -> str:
 
 
 def make(config: DemoConfig, folder: Path) -> None:
-    """`data` and `base` in the run folder, each where it is not there yet."""
-    kind, world = kind_of(config), kind_of(config).world(config)
+    """What the demo starts from."""
+    make_world(kind_of(config), kind_of(config).world(config), folder, config.seed)
+
+
+def make_world(kind: Demonstration, world: World, folder: Path, seed: int) -> None:
+    """`data` and `base` in the folder, each where it is not there yet."""
     if not (folder / "data").is_dir():
         with atomic_folder(folder / "data") as made:
-            kind.data_of(made, world, random.Random(config.seed))
+            kind.data_of(made, world, random.Random(seed))
     if world.course is not None and not (folder / "base").is_dir():
         with atomic_folder(folder / "base") as made:
-            kind.base_of(made, folder / "data", world.course, config.seed)
+            kind.base_of(made, folder / "data", world.course, seed)
+
+
+def tiny_example(folder: Path | str, seed: int = 42) -> tuple[Path, Path]:
+    """A tiny base model and rows to try things with: made offline on a CPU in a few seconds, and kept in the folder.
+
+    Returns:
+        The folder of a Llama of 650,000 parameters that has read a little about restaurants, and one with trainset.csv
+        (200 meaning representations, three wordings each) and devset.csv (24 others) for the task `e2e_nlg`, which the
+        model has never met.
+    """
+    make_world(TEXT, EXAMPLE, Path(folder), seed)
+    return Path(folder) / "base", Path(folder) / "data"
 
 
 def sized(config: DemoConfig, folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID, resolve
 from rankwise.files.gguf import is_gguf, model_in
-from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of
+from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of, unknown
 from rankwise.options.sections import TASKS
 from rankwise.pipeline.extras import require_extras
 from rankwise.pipeline.idle import Told, written
-from rankwise.pipeline.table import stage_of
+from rankwise.pipeline.table import COMMANDS, configured, stage_of
 
 MODELS = ("model", "weights", "text")  # kinds of paths (`option(path=…)`) that a GGUF file may be the model of
 
@@ -49,9 +50,42 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
         require_inputs(options, [path.absolute() for path in made], run.absolute() if run else None)
 
 
-def run(command: str, config: Any) -> None:
-    """The command itself, on the folders that models in GGUF files are unpacked to."""
-    stage_of(command).run(unpacked_models(config))
+def run(command: str, config: Any) -> Any:
+    """The command itself, on the folders that models in GGUF files are unpacked to. Returns what it makes."""
+    return stage_of(command).run(unpacked_models(config))
+
+
+def run_command(name: str, /, **options: Any) -> Any:
+    """Run a command from Python, by the option names of the command line.
+
+        plan = rankwise.run_command("ranks", base="org/base", tuned="org/tuned", budget="uniform:16")
+
+    Args:
+        name: of the command, as on the command line: `train`, `ranks diff`.
+        options: as `rankwise NAME --help` lists them, with aliases; positional ones by their names there (`base`).
+
+    Returns:
+        What the command makes: `ranks` a RankPlan, `evaluate` an EvaluationResult, `merge` and `extract` what they
+        verified, most others the folder or file that they wrote. It prints what the command prints, and asks nothing.
+
+    Raises:
+        RankwiseError: as the command line does, before anything is made where that can be known: UsageError for an
+            unknown command or option, a value out of range, or options that do not go together.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # see `cli.main`
+    if name not in COMMANDS:
+        raise unknown(name, COMMANDS, "run_command", "command")
+    given = {option: plain(value) for option, value in options.items()}
+    config = configured(name, given, f"run_command({name!r})")
+    ready(name, config)
+    return run(name, config)
+
+
+def plain(value: Any) -> Any:
+    """Paths as the texts that options take."""
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def unpacked_models(config: Any) -> Any:
