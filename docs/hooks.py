@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import rankwise  # noqa: E402
 from rankwise.options.field import Option, options_of  # noqa: E402
+from rankwise.options.flags import spellings  # noqa: E402
+from rankwise.options.help import continued, default_text, grouped  # noqa: E402
 from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command  # noqa: E402
 
 LINK = re.compile(r"""(\]\(|\b(?:src|href)=")([^)"#\s]*)(?=[#)"])""")
@@ -111,6 +113,8 @@ def targets(page: Path) -> Iterator[str]:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links between places of the repository become links between places of the site."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # one entry, itself
     source = page.file.abs_src_path
     if source is None:  # made here, with the site's links
         return markdown
@@ -159,40 +163,36 @@ def commands_page() -> str:
 
 def command_page(name: str, row: Command) -> str:
     words = [f"[{word.upper()}]" for word in row.positionals]
-    usage = " ".join(
-        ["rankwise", name, *["[FILE]"] * row.takes_file, *words, *["…"] * row.repeated, "[--option value …]"]
-    )
-    about = str(type(row.config).__doc__).partition("\n")
-    older = [short for short, full in ALIASES.items() if full == name]
-    lines = [f"# rankwise {name}", "", plain(about[0]), "", f"```\n{usage}\n```", "", plain(about[2].strip())]
+    words = ["rankwise", name, *["[CONFIG]"] * row.takes_file, *words, *["…"] * row.repeated, "[--option VALUE …]"]
+    lines = [f"# rankwise {name}", "", plain(row.about), "", "```", " ".join(words), "```", "", "For example:"]
+    lines += ["", "```bash", *(line.removeprefix("  ") for line in continued(row.example, 100).splitlines()), "```"]
     lines += ["", f"How to use it: [{guide(name).removesuffix('.md')}](../{guide(name)})."]
-    lines += [f"\nAlso as `rankwise {short}`." for short in older]
+    lines += [f"Also as `rankwise {short}`." for short, full in ALIASES.items() if full == name]
     if row.takes_file:
-        lines += ["", "`FILE`: option names with values, as YAML, JSON or TOML; flags override it."]
+        lines += ["", "`CONFIG`: option names with values, as YAML, JSON or TOML; flags override it."]
     if row.trainer:
-        lines += ["", "Every option of `transformers.TrainingArguments` is one here, too, under its own name."]
-    sections: dict[str, list[Option]] = {}
-    for item in (*options_of(row.config), DRY_RUN):
-        sections.setdefault(item.section, []).append(item)
-    for title, items in sections.items():
-        lines += ["", f"## {title.replace('_', ' ').capitalize()}", "", "| option | default | |", "|---|---|---|"]
+        lines += [
+            "",
+            "Every option of `transformers.TrainingArguments` is one here, too, under its own name (`--help-all`).",
+        ]
+    for title, items in grouped([*options_of(row.config), DRY_RUN]).items():
+        group, _, about = title.partition(":")
+        lines += [
+            "",
+            f"## {group.capitalize()}{f':{about}' * bool(about)}",
+            "",
+            "| option | default | |",
+            "|---|---|---|",
+        ]
         lines += map(option_row, items)
     return "\n".join(lines)
 
 
 def option_row(item: Option) -> str:
-    names = [f"`--{name}`" for name in (item.name, *item.aliases)] + [f"`{item.short}`"] * bool(item.short)
-    default = "" if item.default in (None, "", []) else item.default
-    shown = (
-        str(default).lower()
-        if item.is_bool
-        else ", ".join(map(str, default))
-        if isinstance(default, list)
-        else str(default)
-    )
+    names = ", ".join(f"`{flag}`" for flag in spellings(item))
+    default = "" if item.default is None else default_text(item).strip(" []")
     choices = f": {', '.join(f'`{choice}`' for choice in item.choices)}" if item.choices else ""
-    default_cell = f"`{shown}`" if shown else ""
-    return f"| {', '.join(names)} | {default_cell} | {plain(item.help)}{choices}{plain(item.range.shown)} |"
+    return f"| {names} | {f'`{default}`' * bool(default)} | {plain(item.help)}{choices}{plain(item.range.shown)} |"
 
 
 def plain(text: str) -> str:

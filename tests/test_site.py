@@ -22,6 +22,7 @@ from rankwise.pipeline.table import COMMANDS
 
 pytest.importorskip("mkdocs", reason="the site is built with the extra docs")
 
+EXTERNAL = {"arxiv.org", "github.com"}  # hosts; their links are checked for form alone
 LEFTOVER = re.compile(r"^(?:#+ |```)|\|---|\*\*\S", re.MULTILINE)  # Markdown that was taken for text
 LIST = re.compile(r"^(?:[-*]|\d+\.) ", re.MULTILINE)
 CSS_URL = re.compile(r"""url\(\s*["']?(?!data:|#)([^"')]+)|@import\s+["']([^"']+)""")
@@ -96,6 +97,8 @@ def test_every_link_leads_somewhere(site: Path, pages: dict[Path, Built]) -> Non
             if not ok:
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert not broken, "\n".join(broken)
+    external = {urlsplit(link).netloc for built in pages.values() for link in built.links} - {""}
+    assert external == EXTERNAL
     assert sum(len(built.links) for built in pages.values()) > 5000
 
 

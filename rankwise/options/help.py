@@ -34,14 +34,19 @@ def help_text(usage: str, about: str, example: str, options: Sequence[Option], n
     width = columns()
     lines = [f"{bold('usage:')} rankwise {usage}", "", textwrap.fill(about, width)]
     lines += ["", bold("example:"), continued(example, width - 6)]
-    found: dict[str, list[Option]] = {}
-    for item in sorted(options, key=lambda item: (*GROUPS, item.group).index(item.group)):
-        found.setdefault(heading(item), []).append(item)
-    for title, items in found.items():
+    for title, items in grouped(options).items():
         lines += ["", *map(bold, textwrap.wrap(title, width)), *(option_text(item, width) for item in items)]
     for note in notes:
         lines += ["", note if note.startswith(" ") else textwrap.fill(note, width, break_on_hyphens=False)]
     return "\n".join(lines)
+
+
+def grouped(options: Sequence[Option]) -> dict[str, list[Option]]:
+    """Options under their headings, in the order model → data → method → output."""
+    found: dict[str, list[Option]] = {}
+    for item in sorted(options, key=lambda item: (*GROUPS, item.group).index(item.group)):
+        found.setdefault(heading(item), []).append(item)
+    return found
 
 
 def continued(line: str, width: int) -> str:
