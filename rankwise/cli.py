@@ -162,6 +162,7 @@ def dispatch(argv: Sequence[str]) -> None:
     """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
     name, rest = split_command(argv)
     config, dry_run = resolve(name, rest)
+    importlib.import_module("rankwise.page.progress").adopt_libraries()
     preflight = importlib.import_module("rankwise.pipeline.preflight")
     preflight.ready(name, config)
     if dry_run:

@@ -22,7 +22,7 @@ from rankwise.pipeline.table import COMMANDS
 PACKAGE = Path(rankwise.__file__).parent
 REPOSITORY = PACKAGE.parent
 STANDARD_ONLY = ("errors.py", "options", "cli.py", "__main__.py", "__init__.py")
-OWN_LIBRARIES = {"core": {"torch"}, "files": {"torch", "numpy", "safetensors", "filelock", "tqdm", "psutil"}}
+OWN_LIBRARIES = {"core": {"torch"}, "files": {"torch", "numpy", "safetensors", "filelock", "psutil"}}
 # Models come from a hub or out of a GGUF file where paths are resolved: what reads those is imported there when asked.
 WHEN_ASKED = {"files/checkpoint.py": {"huggingface_hub"}, "files/gguf.py": {"transformers"}}
 # What the extras bring: none of it may be needed to import a module.
@@ -92,6 +92,12 @@ def test_inner_layers_need_no_more_than_they_say() -> None:
         if place.parts[0] in OWN_LIBRARIES:
             inside = {name.split(".")[0] for name in imports(path, nested=True)} - known
             assert inside == WHEN_ASKED.get(place.as_posix(), set()), f"{place} imports {inside} in its functions"
+
+
+def test_progress_is_shown_in_one_way() -> None:
+    """A bar of its own would overwrite lines in a log."""
+    found = {path for path in sources() for nested in (False, True) if "tqdm" in set(imports(path, nested=nested))}
+    assert [path.relative_to(PACKAGE).as_posix() for path in found] == ["page/progress.py"]
 
 
 TRAIN = (
@@ -181,7 +187,7 @@ def test_the_choices_of_an_option_stand_there_only() -> None:
     assert repeated == {}
 
 
-GOALS = {"ranks": 61, "check": 65, "evaluate": 85, "merge": 69, "validate": 100, "export": 64, "bundle": 99}
+GOALS = {"ranks": 62, "check": 65, "evaluate": 85, "merge": 70, "validate": 101, "export": 64, "bundle": 100}
 
 
 def test_a_command_imports_no_more_than_it_needs(graph: grimp.ImportGraph) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.chat import TurnsApart
@@ -28,6 +27,7 @@ from rankwise.data.images import BadImage
 from rankwise.data.render import Overlong, Rendered, Renderer
 from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.errors import DataError, UsageError
+from rankwise.page.progress import progress
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
     bad: list[str] = []
     overlong: list[tuple[int, str]] = []
     digest = hashlib.sha256()
-    for position, example in enumerate(tqdm(examples, desc="tokenize", unit="sample", disable=None, leave=False)):
+    for position, example in enumerate(progress(examples, desc="tokenize", unit="sample")):
         for number, (sample, rendered) in enumerate(outcomes(example, renderer, prompts=prompts), 1):
             if isinstance(rendered, Rendered):
                 usable.append(position)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.dataset import pad
@@ -27,6 +26,7 @@ from rankwise.errors import DataError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.predictions import EvaluationResult, installed
 from rankwise.files.processes import gathered, own_share
+from rankwise.page.progress import progress
 
 FILE = "forgetting.json"
 TASK = "forgetting"
@@ -159,7 +159,7 @@ def _sums(
     pieces = [(number, piece) for number, parts in documents.items() for piece in parts]
     pieces.sort(key=lambda item: -len(item[1]))
     totals = torch.zeros(max(documents, default=0) + 1, 4, dtype=torch.float64)
-    bar = tqdm(total=len(pieces), desc="forgetting", unit="piece", disable=None, leave=False)
+    bar = progress(total=len(pieces), desc="forgetting", unit="piece")
     with torch.inference_mode(), bar:
         while pieces:
             count = max(1, settings.tokens_per_pass // len(pieces[0][1]))

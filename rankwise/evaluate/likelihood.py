@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from rankwise.data.dataset import Collator, RenderedDataset, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.data.vision_inputs import IGNORED, Sight
+from rankwise.page.progress import progress
 
 Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model
@@ -78,7 +78,7 @@ def answer_losses(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, T
     model.eval()
     losses, counts = [], []
     try:
-        for batch in tqdm(batches, desc="loss", unit="batch", disable=None, leave=False):
+        for batch in progress(batches, desc="loss", unit="batch"):
             loss, count = batch_losses(model, batch, device)
             losses.append(loss)
             counts.append(count)

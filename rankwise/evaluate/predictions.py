@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from rankwise.data.example import Example
 from rankwise.data.template import without_images
 from rankwise.errors import UsageError
@@ -24,6 +22,7 @@ from rankwise.evaluate.generate import Answering
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.document import Document, as_plain, build, drop_cut_line, lines_of, read_lines
 from rankwise.files.processes import gathered, own_share, process_index
+from rankwise.page.progress import progress
 
 RESULTS = Document(
     "evaluation_results.json",
@@ -186,8 +185,7 @@ def predict(
 def _generate(generator: Answering, examples: Sequence[Example], path: Path, before: int) -> dict[str, Prediction]:
     """Predictions by id, each appended to the file as soon as it is known."""
     made: dict[str, Prediction] = {}
-    quiet = True if process_index()[0] else None
-    bar = tqdm(total=before + len(examples), initial=before, desc="generate", unit="text", disable=quiet)
+    bar = progress(total=before + len(examples), initial=before, desc="generate", unit="text", leave=True)
     with path.open("a", encoding="utf-8", newline="\n") as file, bar:
         for generated in generator.generate(examples) if examples else ():
             example = examples[generated.position]

@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers.utils import ModelOutput
 
 from rankwise.data.dataset import Collator, RenderedDataset
@@ -37,6 +36,7 @@ from rankwise.features.approximation import by_basis, by_gram, by_randomized, no
 from rankwise.features.encoder import Preparation, picture_digest
 from rankwise.features.measures import PCA, RANDOMIZED, SVD, Method, relative_error
 from rankwise.models.vision_features import approximate_features, image_features, seeing_part
+from rankwise.page.progress import progress
 from rankwise.page.text import plural
 from rankwise.study import evidence
 
@@ -118,7 +118,7 @@ def compare_answers(
     model.eval()
     parts: list[list[Answers]] = [[] for _ in range(1 + len(replacements))]
     try:
-        for batch in tqdm(batches, desc="answers", unit="batch", disable=None, leave=False):
+        for batch in progress(batches, desc="answers", unit="batch", leave=True):
             with seen_once(model):
                 original = Predictions.of(model, batch)
                 parts[0].append(original.against(original, []))

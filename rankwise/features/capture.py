@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
 from rankwise.data.device import read_target
 from rankwise.data.images import ImageReader
@@ -49,6 +48,7 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.depth.encoder import read_depth
 from rankwise.models.load import load_config, load_processor, main_input
 from rankwise.options.features import CaptureConfig
+from rankwise.page.progress import progress
 from rankwise.page.text import command_line, memory, percent, plural
 from rankwise.pipeline.idle import refuse_idle
 
@@ -132,8 +132,7 @@ def agreed(action: Callable[[], Result]) -> Result:
 def make(shards: Shards, writer: CacheWriter, mine: list[int], made: Callable[[], None]) -> None:
     """These shards, in order, each written as soon as it is whole; `made` is called after each."""
     total = sum(shards.size(shard) for shard in mine)
-    silent = None if process_index()[0] == 0 else True
-    bar = tqdm(total=total, desc="capture", unit="image", disable=silent, leave=False)
+    bar = progress(total=total, desc="capture", unit="image", leave=True)
     try:
         for shard in sorted(mine):
             writer.write(shard, shards.made(shard, bar.update))

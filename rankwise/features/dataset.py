@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from rankwise.errors import DataError
 from rankwise.features.approximation import normalised
 from rankwise.features.cache import FeatureCache
 from rankwise.files.document import Document
 from rankwise.files.processes import gathered, own_share
+from rankwise.page.progress import progress
 
 SPLIT = Document("split.json", "rankwise-feature-split/1", "a split of features", "rankwise features train")
 PARTS = ("train", "val", "test")
@@ -126,7 +126,7 @@ def check_measurable(cache: FeatureCache, places: Iterable[int] | None = None) -
     """DataError naming every matrix of these places (all) that nothing can be measured on. The processes share them."""
     asked = list(range(len(cache)) if places is None else places)
     mine = own_share(asked, [1.0] * len(asked))
-    bar = tqdm(sorted(mine), desc="features", unit="matrix", disable=None, leave=False)
+    bar = progress(sorted(mine), desc="features", unit="matrix")
     found = {place: reason for place in bar if (reason := unmeasurable(normalised(cache[place])))}
     bad = gathered(found)
     if bad:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
@@ -37,6 +36,7 @@ from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, first_few
 from rankwise.gguf.splitting import check_texts, score
 from rankwise.gguf.stacks import EXPERTS, label, stored
 from rankwise.gguf.view import model_view
+from rankwise.page.progress import progress
 
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
 
@@ -96,7 +96,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
     changed = changed_keys(plan.base, plan.checkpoint) if plan.base else []
     for outtype in plan.outtypes:
         tables[outtype] = {}
-        for kind in tqdm(plan.kinds, desc=f"verifying {outtype}", disable=None, leave=False):
+        for kind in progress(plan.kinds, desc=f"verifying {outtype}", unit="file"):
             file = files[outtype, kind]
             if kind == TEXT:
                 check_tokenizer(file, plan.vocabulary)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
@@ -37,6 +36,7 @@ from rankwise.labels.teacher.ledger import AnswerLedger, Key, LedgerEntry, Spend
 from rankwise.labels.teacher.loopback import serving
 from rankwise.labels.teacher.questions import Asker, ImageToLabel, Question, collect, question_of, spending_of, where
 from rankwise.options.label import LabelConfig, TeacherSection
+from rankwise.page.progress import progress
 from rankwise.page.text import plural
 
 QUARANTINE = "quarantine.jsonl"
@@ -217,7 +217,7 @@ def ask_teacher(config: LabelConfig, images: ImageSet, task: LabelTask, target: 
 def ask_about_all(asking: Asking, gathering: Gathering, spending: Spending) -> list[VoteResult]:
     """The verdicts, with a bar of the rows kept."""
     wanted = gathering.config.num_images
-    with tqdm(total=wanted, unit="row", desc="label", disable=None) as bar:
+    with progress(total=wanted, unit="row", desc="label", leave=True) as bar:
 
         def seen(verdict: VoteResult) -> None:
             gathering.take(verdict)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +23,6 @@ from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_state_dict_into_shards_factory
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.core.site import is_expert
 from rankwise.errors import DataError, UsageError
@@ -36,6 +34,7 @@ from rankwise.models.adapt import ADAPTER
 from rankwise.models.depth.encoder import write_depth
 from rankwise.models.expert_files import ALL, ExpertFiles
 from rankwise.models.vocabulary import with_rows
+from rankwise.page.progress import progress
 
 MUCH = 0.05  # of the adapter's change: above it the other precision is worth a word
 BESIDE = torch.float16
@@ -144,7 +143,7 @@ def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
     """Weights, config and the files beside them."""
     entries = {entry.key: entry for entry in plan.entries}
     following = {one.key: other.source for one, other in pairwise(plan.entries)}
-    bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
+    bar = progress(total=len(entries), desc="merge", unit="tensor", leave=True)
     rounding = Rounding()
 
     def tensor(key: str) -> Tensor:

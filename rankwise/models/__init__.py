@@ -8,9 +8,9 @@ what the language part gets of images. `cut_down.py`, `tiny.py`: small models. d
 
 from __future__ import annotations
 
-import sys
-
 from transformers.utils import logging
 
-if not sys.stderr.isatty():  # bars belong on a terminal, not in a log file
+from rankwise.page.progress import adopted, terminal
+
+if not terminal() and not adopted():  # bars belong on a terminal, not in a log file
     logging.disable_progress_bar()

@@ -353,11 +353,16 @@ def convert_object(value: Any) -> dict[str, Any]:
     return parsed
 
 
+OF_TRACKERS = ("report_to", "use_wandb", "run_name")
+
+
 def unknown(name: str, known: Iterable[str], where: str, what: str = "option") -> UsageError:
     """Error for an unknown name, with the nearest known names."""
     names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6) or [n for n in names if n.startswith(name)][:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    if what == "option" and name in OF_TRACKERS:
+        hint = "; `rankwise train` and `rankwise finetune` report to trackers, others leave their figures in files"
     return UsageError(f"{where}: unknown {what} {name!r}{hint}")
 
 

@@ -66,7 +66,7 @@ def names(value: Any) -> list[str]:
 
 def of_bitsandbytes(told: Told) -> bool:
     name = str(told.optim or "").lower()
-    return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
+    return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or "adamw_8bit" in name
 
 
 def reads_gguf(told: Told) -> bool:
@@ -89,11 +89,14 @@ OPTIMIZERS = {
     "schedulefree": ("schedule_free_",),
     "optimi": ("stable_adamw",),
     "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
+    "torchdistx": ("adamw_anyprecision",),
+    "torch_xla": ("adamw_torch_xla",),
+    "torch_npu": ("adamw_torch_npu_fused",),
 }
 
 
 def tracker(name: str, module: str) -> Extra:
-    brings = "[track]" if name in ("wandb", "tensorboard") else ""
+    brings = "[track]" if name in ("trackio", "tensorboard", "wandb") else ""
     return Extra(module, TRAINERS, f"--report_to {name}", reports_to(name), brings, "--report_to none")
 
 

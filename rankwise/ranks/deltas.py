@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rankwise.core.measure import Delta, energy_of, from_difference, subtract
 from rankwise.core.site import Site, from_row
@@ -24,6 +23,7 @@ from rankwise.files.checkpoint import SAVED_DELTAS, Checkpoint, Weight, open_che
 from rankwise.files.document import Document
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.sites import WeightTable
+from rankwise.page.progress import progress
 
 DELTAS = Document(SAVED_DELTAS, "rankwise-deltas/1", "saved deltas", "rankwise finetune")
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -286,7 +286,7 @@ def write_deltas(
     energies: dict[str, Any] = {}
     places: dict[str, str] = {}
     with atomic_folder(folder) as temporary:
-        for index, names in enumerate(tqdm(groups, desc="deltas", unit="shard", disable=None, leave=False), 1):
+        for index, names in enumerate(progress(groups, desc="deltas", unit="shard"), 1):
             file = f"deltas-{index:05d}-of-{len(groups):05d}.safetensors"
             differences = {}
             for name in names:

@@ -6,7 +6,6 @@ rankwise extract BASE TUNED --plan configs/lora_rank_config.json -o adapter/
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
@@ -34,6 +32,7 @@ from rankwise.models.load import another_base, embedding_paths
 from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import TOWERS
+from rankwise.page.progress import progress
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.deltas import (
@@ -221,7 +220,7 @@ def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -
     not finite, and where no site has changed."""
     pairs: dict[str, LoraPair] = {}
     table: list[SiteFidelity] = []
-    with tqdm(total=len(plan.sites), desc="extract", unit="site", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=len(plan.sites), desc="extract", unit="site", leave=True) as bar:
         for row, found in planned_deltas(source, plan, device):
             pair, kept = factor_site(row, found, plan, seed, device)
             pairs |= {row.site.path: pair} if pair else {}

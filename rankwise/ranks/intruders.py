@@ -11,7 +11,6 @@ fails, or the matrix is small, all eigenvectors here too.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
@@ -32,6 +30,7 @@ from rankwise.files.document import Document
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites, weight_table
 from rankwise.page.blocks import Block, Finding, Table, Words
+from rankwise.page.progress import progress
 from rankwise.page.text import duration, has_numbers, plural
 from rankwise.ranks.deltas import WEIGHT_TYPES, logical
 
@@ -250,7 +249,7 @@ def examine(
     """Compare every pair that the base has one matrix for; the pairs, intruders scaled where `scale` is given."""
     rows, result = [], dict(pairs)
     sites = base.comparable(pairs)
-    for site in tqdm(sites, desc="intruders", unit="site", disable=not sys.stderr.isatty()):
+    for site in progress(sites, desc="intruders", unit="site", leave=True):
         pair = pairs[site.path]
         weight = base.read(site)
         if weight.shape != pair.shape:

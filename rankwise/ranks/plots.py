@@ -7,7 +7,6 @@ plot_decay(spectrum, planned_site, threshold=0.9, path=plots / "q_proj.png", nul
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
@@ -24,6 +22,7 @@ from rankwise.errors import DataError, need
 from rankwise.files.atomic import atomic_write, read_object, write_json
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
+from rankwise.page.progress import progress
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import SHARD_BYTES, DeltaSource, dense, shards
@@ -348,7 +347,7 @@ def write_plots(
         plot_expert_map(experts, plots / "expert_map.png")
     if evidence.gain is not None and evidence.gain.defined:
         plot_gain(evidence.gain.as_dict(), plots / "gain.png")
-    for row in tqdm(plan.sites, desc="plots", unit="site", disable=not sys.stderr.isatty()):
+    for row in progress(plan.sites, desc="plots", unit="site"):
         found = measured[row.site]
         plot_decay(found.spectrum, row, threshold, plots / f"{row.site.path}.png", found.null_edge)
 

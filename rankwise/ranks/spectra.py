@@ -6,14 +6,12 @@ measured = measure_sites(source, RanksConfig(), question)
 from __future__ import annotations
 
 import math
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from rankwise.core.measure import UNDECIDED, Delta, measure, null_edge
 from rankwise.core.site import Site
@@ -21,6 +19,7 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.processes import gathered, own_share
 from rankwise.options.commands import RanksConfig
+from rankwise.page.progress import progress
 from rankwise.ranks.deltas import DeltaSource, check_finite, deltas, on_device
 from rankwise.ranks.expert_spectra import measure_experts
 from rankwise.ranks.measured import Measured, histories, of_experts
@@ -62,7 +61,7 @@ def measure_share(
 ) -> dict[str, Measured]:
     """Path → what was measured, of these sites, by all processes together. matrices: sketches of the whole run."""
     mine = own_share(sites, [float(site.size * min(site.shape)) for site in sites])
-    bar = tqdm(total=len(mine), desc="spectra", unit="site", disable=not sys.stderr.isatty())
+    bar = progress(total=len(mine), desc="spectra", unit="site", leave=True)
     found: dict[str, Measured] = {}
     for site, delta in deltas(source, [site for site in mine if not site.experts]):
         found[site.path] = measure_site(site, delta, config, question, matrices)

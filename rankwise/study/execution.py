@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rankwise.core.phase import BoundNorm, bind
 from rankwise.evaluate.likelihood import answer_losses
@@ -24,6 +23,7 @@ from rankwise.files.document import typed
 from rankwise.files.ledger import Ledger, Row
 from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.options.study import StudyConfig
+from rankwise.page.progress import progress
 from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
 from rankwise.study.design import Design, Run
 from rankwise.study.material import Material, ScoredItems
@@ -76,7 +76,7 @@ class Bench:
         batches = batches_of(runs, self)
         mine = own_share(batches, [cost(batch, self) for batch in batches])
         left = [batch for batch in mine if any(run.key not in self.ledger for run in batch)]
-        for batch in tqdm(left, desc=what, unit="batch", disable=None, leave=False):
+        for batch in progress(left, desc=what, unit="batch", leave=True):
             self.make([run for run in batch if run.key not in self.ledger])
         gathered({})  # all have finished theirs
         self.ledger.refresh()

@@ -23,7 +23,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from rankwise.core.allocate import spectral_gains, spent
@@ -41,6 +40,7 @@ from rankwise.files.ledger import Ledger, Row
 from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.models.sites import fused_experts
 from rankwise.options.advise import AdviseConfig
+from rankwise.page.progress import progress
 from rankwise.page.text import memory, plural
 from rankwise.ranks.gain import input_spectra
 from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
@@ -106,7 +106,7 @@ class ShortRuns:
         self.asked |= dict.fromkeys(trials, rung)
         missing = gathered(dict.fromkeys(trial for trial in trials if not self.is_finished(trial)))
         left = [trial for trial in dict.fromkeys(trials) if trial in missing]  # alike in all processes
-        with tqdm(total=len(left), desc=f"rung {rung}", unit="run", disable=None, leave=False) as bar:
+        with progress(total=len(left), desc=f"rung {rung}", unit="run", leave=True) as bar:
             while left:
                 self.tell()
                 size = self.batch_size()

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rankwise.errors import UsageError, need
 from rankwise.files.processes import announce
 from rankwise.models.load import warn_if_slow
-from rankwise.options.field import Option, Range, hints_of, plain_types
+from rankwise.options.field import Option, Range, hints_of, plain_types, unknown
 from rankwise.options.sections import LoraSection
 
 SECTION = "training arguments (transformers)"
 OLDER = "older names"
+OF_EXTRA_TRACK = ("trackio", "tensorboard", "wandb")
 SHARE, AGAIN = Range(least=0, below=1), ("overwrite_output_dir",)
 
 # New name → names that mean exactly the same.
@@ -73,6 +75,7 @@ TRAIN_DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
     "logging_steps": 10,
     "report_to": "none",
+    "project": "rankwise",
     "logging_nan_inf_filter": False,
     "remove_unused_columns": False,
 }
@@ -171,7 +174,8 @@ def build_arguments(
             f"--{of_the_hub[0]}: training uploads nothing, for nothing is proven yet; afterwards `rankwise card RUN "
             "--push_to_hub ORG/NAME` uploads the adapter, the merged model or the export, with a model card"
         )
-    values = {**defaults, "disable_tqdm": not sys.stderr.isatty(), **values}
+    values = {**defaults, "disable_tqdm": False, **values}
+    values["report_to"] = check_trackers(values["report_to"])
     values["use_cpu"] = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
     precision, more = autocast(dtype, values, on_cpu=values["use_cpu"])
     values |= precision
@@ -183,14 +187,30 @@ def build_arguments(
         announce(note)
     if values["use_cpu"] and (values["bf16"] or dtype == "bfloat16"):
         warn_if_slow(torch.bfloat16, "--bf16 false" if given.get("bf16") else "--dtype float32")
-    if "wandb" in values["report_to"]:
-        need("wandb", extra="track")
     try:
         arguments = TrainingArguments(output_dir=str(output_dir), seed=seed, **values)
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         raise UsageError(f"training arguments: {error}") from error
     refuse_data_parallel(arguments)
     return arguments
+
+
+def check_trackers(asked: str | list[str]) -> list[str]:
+    """The names, of which one text may hold several. UsageError for a name that transformers does not know, and for a
+    tracker that cannot begin here: not installed, or not set up (an API key, say)."""
+    names = [
+        name.strip().lower() for each in ([asked] if isinstance(asked, str) else asked) for name in each.split(",")
+    ]
+    for name in names if names not in (["all"], ["none"]) else []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown(name, [*INTEGRATION_TO_CALLBACK, "all", "none"], "--report_to", "tracker")
+        if name in OF_EXTRA_TRACK:
+            need(name, extra="track")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise UsageError(f"--report_to {name}: {error}; or leave it out: --report_to none") from error
+    return names
 
 
 def without_none(given: Mapping[str, Any]) -> dict[str, Any]:

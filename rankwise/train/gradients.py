@@ -47,6 +47,7 @@ from rankwise.train.gradient_table import (
     LAYERS,
     NORMS,
     PER_LAYER,
+    Row,
     SiteNorm,
     StepTable,
     cells,
@@ -93,6 +94,7 @@ class GradientNorms(TrainerCallback):
         self.layers = StepTable(output_dir / LAYERS, ("step",))
         self.pairs: list[ExpertPair] = []
         self.experts = expert_table(output_dir)
+        self.latest: Row = {}  # norms by group of the last step measured
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """Find the trainable parameters, and truncate the tables to the step that training resumes from."""
@@ -137,7 +139,8 @@ class GradientNorms(TrainerCallback):
                 self.norms.extend(cells(row) for row in rows)
                 if self.pairs:
                     self.experts.extend(expert_rows(self.pairs, norms[count:], loss_scale, step))
-            self.groups.append(group_row(rows, max_grad_norm))
+            self.latest = group_row(rows, max_grad_norm)
+            self.groups.append(self.latest)
             self.layers.append(layer_row(rows))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -9,19 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from rankwise import __version__
 from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset, unpacked_difference
 from rankwise.data.input_record import save_input
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import Aside, about_to_write
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import CONFIG, RunFolder
+from rankwise.models.adapt import trainable_parameters
 from rankwise.options.commands import FinetuneConfig, TrainConfig
+from rankwise.options.field import flatten
 from rankwise.train.adalora import ALLOCATED_TABLE
 from rankwise.train.checkpoints import (
     MANIFEST,
@@ -35,10 +39,12 @@ from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.job import Job
 from rankwise.train.phases import PHASES_TABLE
+from rankwise.train.reporting import TENSORBOARD_FOLDER
 from rankwise.train.trainer import RankwiseTrainer
 
 Config = TypeVar("Config", FinetuneConfig, TrainConfig)
-OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)
+OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE, TENSORBOARD_FOLDER)
+OF_A_PART = ("resume_from_checkpoint", "allow_partial_resume", "yes")
 PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
 
@@ -110,6 +116,7 @@ def train_job(
         eval_dataset=job.validation,
         data_collator=job.collator,
         identity=job.identity,
+        facts=tracked_facts(config, job, model),
         callbacks=[*callbacks, FirstStep(earlier_run(config))],
         **extras,
     )
@@ -117,6 +124,23 @@ def train_job(
         beside(Path(config.output_dir))
         trainer.train(checkpoint)
     return trainer
+
+
+def tracked_facts(config: FinetuneConfig | TrainConfig, job: Job, model: nn.Module) -> dict[str, Any]:
+    """The command's options, and what it trains on what, for the trackers: alike in all parts of a resumed run."""
+    options = replace(config, training={})  # a tracker has those from the Trainer
+    ranks = list(job.facts.get("ranks", {}).values())
+    plan = {"sites": len(ranks), "rank_min": min(ranks), "rank_mean": fmean(ranks), "rank_max": max(ranks)}
+    trainable, total = trainable_parameters(model)
+    return {
+        **{name: value for name, value in flatten(options).items() if name not in OF_A_PART},
+        **(plan if ranks else {}),
+        "schedule": (job.facts.get("schedule") or [None])[0],
+        "samples": job.facts.get("samples"),
+        "trained_parameters": trainable,
+        "parameters": total,
+        "version": __version__,
+    }
 
 
 @contextmanager

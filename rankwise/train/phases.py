@@ -61,6 +61,7 @@ class PhaseKeeper(TrainerCallback):
         self.verbose = verbose
         self.table = StepTable(output_dir / PHASES_TABLE, COLUMNS)
         self.parameters: dict[str, list[nn.Parameter]] = {}
+        self.entered: dict[str, Any] = {}  # the row of the phase that has begun last
         self._toggles = True
 
     # --- at the beginning, and between steps -------------------------------------------------------------------
@@ -100,7 +101,8 @@ class PhaseKeeper(TrainerCallback):
         """Print and record the phase that begins. The table counts steps as finished ones, like the other tables."""
         name = self.schedule.name(step)
         count = sum(parameter.numel() for path in active for parameter in self.parameters[path])
-        self.table.append({"step": step + 1, "phase": name, "sites": len(active), "parameters": count})
+        self.entered = {"step": step + 1, "phase": name, "sites": len(active), "parameters": count}
+        self.table.append(self.entered)
         if self.verbose:
             announce(f"phase from step {step + 1}: {name} ({len(active)} sites, {count:,} parameters)")
 

@@ -21,7 +21,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from rankwise.errors import RankwiseError, UsageError
@@ -36,6 +36,7 @@ from rankwise.train.gradient_table import TrainingLog
 from rankwise.train.gradients import GradientNorms, parameter_towers
 from rankwise.train.interruption import EvaluationStopped, Interruption, StopOnSignal, stoppable
 from rankwise.train.phases import PhaseKeeper
+from rankwise.train.reporting import Trackers, TrainingProgress
 from rankwise.train.rows import LengthGrouped, share_evenly, silenceable, summed
 from rankwise.train.step import (
     FrozenPrefix,
@@ -65,6 +66,7 @@ class RankwiseTrainer(Trainer):
         accuracy: measured at each evaluation, as `eval_accuracy` in [0, 1]; the processes share its samples.
         sampler: the order of the training rows, instead of the Trainer's; drawn from seed and epoch (`set_epoch`).
         stateful: callbacks whose `on_save` writes into the checkpoint; they come before it is sealed.
+        facts: what trackers list among the run's configuration, beside the training arguments.
         The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
         after a new one is complete. A batch may carry `sample_index`; the data set's `sample_id` names it.
 
@@ -85,6 +87,7 @@ class RankwiseTrainer(Trainer):
         accuracy: LabelAccuracy | None = None,
         sampler: Sampler[int] | None = None,
         stateful: Sequence[TrainerCallback] = (),
+        facts: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
@@ -107,9 +110,12 @@ class RankwiseTrainer(Trainer):
         log = TrainingLog(Path(args.output_dir), more + ([ACCURACY] if accuracy else []))
         self._rates = RateWatch()
         self.experts = LearntExperts()
-        own = [FrozenPrefix(), log, phases, allocator, gradients, self.experts, *stateful, keeper, self._rates]
-        super().__init__(args=args, callbacks=[*filter(None, own), *callbacks, self._stop], **rest)
-        self.remove_callback(PrinterCallback)
+        self.trackers = Trackers(facts or {}, gradients, phases)
+        self.progress = [] if args.disable_tqdm else [TrainingProgress()]
+        own = [FrozenPrefix(), log, phases, allocator, gradients, self.experts, *stateful, self.trackers, keeper]
+        callbacks = [*filter(None, own), self._rates, *callbacks, self._stop, *self.progress]
+        super().__init__(args=args, callbacks=callbacks, **rest)
+        self.trackers.take(self.callback_handler)
         self.validation: list[Tensor] = []
         self.unproven = counts_all_tokens(self)
         if allocator is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -126,7 +132,7 @@ class RankwiseTrainer(Trainer):
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self._resumed_from, self._agreed_signal = checkpoint, None
         self.guard.reset()
-        for keeper in (self.phases, self.allocator):
+        for keeper in (self.phases, self.allocator, self.trackers):
             if checkpoint and keeper:
                 keeper.restore(Path(checkpoint))
         hook = self.model.register_forward_hook(within_reach)
@@ -139,6 +145,8 @@ class RankwiseTrainer(Trainer):
             raise
         finally:
             hook.remove()
+            for one in self.progress:
+                one.close()
         if self._stop.done:
             self.interruption.requested = self.stop_signal
             self.interruption.raise_if_requested(str(folder))

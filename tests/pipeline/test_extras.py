@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 from tiny import tiny_llama
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 import rankwise
 from rankwise import cli
-from rankwise.pipeline.extras import EXTRAS, require_extras
+from rankwise.pipeline.extras import EXTRAS, TRACKERS, require_extras
 from rankwise.pipeline.idle import Told
 from rankwise.pipeline.table import COMMANDS
 
@@ -60,7 +63,10 @@ LINES = [
     (f"{TRAIN} --use_wandb", "wandb", "track"),
     ("finetune --model_name base --task e2e_nlg --data_path rows.csv --use_wandb", "wandb", "track"),
     (f"{TRAIN} --report_to tensorboard", "tensorboard", "track"),
-    (f"{TRAIN} --report_to trackio", "trackio", "install trackio"),
+    (f"{TRAIN} --report_to trackio", "trackio", "track"),
+    (f"{TRAIN} --report_to tensorboard,trackio", "trackio", "track"),
+    (f"{TRAIN} --report_to mlflow", "mlflow", "install mlflow"),
+    (f"{TRAIN} --report_to swanlab", "swanlab", "install swanlab"),
     (f"{TRAIN} --use_liger_kernel", "liger_kernel", "install liger-kernel"),
     (f"{TRAIN} --optim galore_adamw", "galore_torch", "install galore-torch"),
     (f"{TRAIN} --optim paged_adamw_8bit", "bitsandbytes", "quant"),
@@ -120,11 +126,36 @@ def test_what_can_be_left_out_is_said_and_can_be(hide: Any, here: Path, capsys: 
 
 def test_every_optimizer_of_the_trainer_that_needs_a_package_is_in_the_table() -> None:
     own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
-    elsewhere = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}  # of other hardware
-    for name in {each.value for each in OptimizerNames} - own - elsewhere:
+    for name in {each.value for each in OptimizerNames} - own:
         told = Told(optim=name)
         assert any("--optim" in extra.flag and extra.asked(told) for extra in EXTRAS), name
     assert not any("--optim" in extra.flag and extra.asked(Told(optim=name)) for extra in EXTRAS for name in own)
+
+
+def test_every_tracker_and_optional_package_of_the_trainer_is_known() -> None:
+    """A new transformers may bring more: each needs its row in the table, or its place below."""
+    assert set(INTEGRATION_TO_CALLBACK) == {*TRACKERS, "kubeflow"}, "kubeflow has an address, and no package"
+    ours = "bitsandbytes galore_torch apollo_torch lomo grokadamw torchao schedulefree torch_optimi deepspeed".split()
+    required = "torch accelerate peft datasets psutil".split()
+    searches = "optuna ray_tune wandb".split()  # hyperparameter_search, which no command calls
+    hardware = "xla npu hpu mlu musa mps xpu neuron neuroncore tpu cuda bf16_gpu tf32".split()
+    machines = "optimum_neuron kubeflow".split()
+    known = {*ours, *required, *searches, *machines, *(f"torch_{kind}" for kind in hardware)}
+    found: set[str] = set()
+    for name in ("trainer", "trainer_optimizer", "trainer_utils", "trainer_pt_utils", "training_args"):
+        spec = importlib.util.find_spec(f"transformers.{name}")
+        assert spec is not None and spec.origin is not None
+        found |= set(re.findall(r"\bis_(\w+)_available\b", Path(spec.origin).read_text(encoding="utf-8")))
+    assert found <= known, f"not known: {sorted(found - known)}"
+    assert set(ours) <= found
+
+
+@pytest.mark.parametrize("command", ["study", "advise", "features train"])
+def test_commands_without_the_trainer_refuse_trackers_in_a_sentence(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--report_to", "trackio"]) == 2
+    assert "`rankwise train` and `rankwise finetune` report to trackers" in capsys.readouterr().err
 
 
 def test_the_table_names_commands_and_extras_that_exist() -> None:

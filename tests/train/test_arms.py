@@ -166,6 +166,7 @@ def test_other_shapes_of_a_run(more: str, here: Path, tmp_path: Path) -> None:
         ("--lora_dropout 0.1", "--lora_dropout 0.1"),
         ("--gradient_accumulation_steps 2", "--gradient_accumulation_steps 2"),
         ("--packing", "--packing"),
+        ("--report_to tensorboard", "--report_to tensorboard: each arm has its losses in its folder"),
         ("--schedule norm:4", "norm:4"),
         ("--allocator adalora", "--allocator adalora"),
         ("--use_dora", "--use_dora"),

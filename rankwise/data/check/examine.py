@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from rankwise.data.chat import TemplateRefused
 from rankwise.data.check.comparison import Differs, Oracle, Sample
@@ -28,6 +27,7 @@ from rankwise.data.template import without_images
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import DataError
 from rankwise.files.processes import default_workers
+from rankwise.page.progress import progress
 
 KINDS = ("row", "image", "overlong", "labels", "text", "template", "differs", "model")
 COMPARED = 256  # samples compared with their chat template at once
@@ -153,7 +153,7 @@ def examine(
         findings.pictures = len(places)
         unusable = _undecodable(_Pictures(examples.items, places, reader), workers)
     comparison = _Comparison(findings, renderer, _spread(examples, compare))
-    for example in tqdm(examples.items, desc="samples", unit="sample", disable=None, leave=False):
+    for example in progress(examples.items, desc="samples", unit="sample", leave=True):
         findings.images += len(example.images)
         named = dict.fromkeys(map(short_name, example.images))
         broken = [BadImage(unusable[name]) for name in named if name in unusable]
@@ -276,7 +276,7 @@ def _undecodable(pictures: _Pictures, workers: int | None) -> dict[str, str]:
     """Short name → reason of every picture that cannot be used."""
     count = min(default_workers() if workers is None else workers, len(pictures))
     loaded = DataLoader(pictures, batch_size=None, num_workers=count)
-    found = tqdm(loaded, desc="decode", total=len(pictures), unit="image", disable=None, leave=False)
+    found = progress(loaded, desc="decode", total=len(pictures), unit="image")
     return {name: reason for name, reason in found if reason}
 
 

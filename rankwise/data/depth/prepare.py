@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_utils import load_image
 
@@ -48,6 +47,7 @@ from rankwise.files.processes import announce, gathered, own_share, process_inde
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, encoder_of, read_depth, write_depth
 from rankwise.models.depth.estimator import ESTIMATOR, SMALL, DepthEstimator, load_estimator
 from rankwise.options.sections import DEPTH_CONTROLS, DepthSection, DepthUseSection
+from rankwise.page.progress import progress
 
 GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)
 CACHE = Path("~/.cache/rankwise/depth")
@@ -213,7 +213,7 @@ def fill(maps: DepthMaps, references: Sequence[str], depth_of: Callable[[str], T
 
 def made(maps: DepthMaps, tasks: Sequence[MapTask], depth_of: Callable[[str], Tensor]) -> str | None:
     """Error message for the other processes; None without an error."""
-    bar = tqdm(tasks, desc="depth", unit="image", disable=None, leave=False)
+    bar = progress(tasks, desc="depth", unit="image")
     try:
         for task in bar:
             maps.store(task, depth_of(task.maker))

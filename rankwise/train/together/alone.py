@@ -25,7 +25,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -50,6 +49,7 @@ from rankwise.models.adapt import (
 )
 from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
+from rankwise.page.progress import progress
 from rankwise.train.adalora import RankAllocation, budget_of
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
@@ -291,7 +291,7 @@ def train_weights(
     )
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, settings.steps)
     device = parameters[0].device
-    for step in tqdm(range(settings.steps), desc="full", unit="step", disable=None, leave=False):
+    for step in progress(range(settings.steps), desc="full", unit="step"):
         taken = order[step * settings.batch_size : (step + 1) * settings.batch_size]
         batch = {name: value.to(device) for name, value in collate([rows[index] for index in taken]).items()}
         batch.pop("sample_index", None)

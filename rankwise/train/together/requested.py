@@ -70,6 +70,7 @@ TRAINING: Mapping[str, tuple[Test, str]] = {
     "fsdp": (bool, "every process holds the whole base and trains arms of its own"),
     "deepspeed": (bool, "every process holds the whole base and trains arms of its own"),
     "torch_compile": (bool, "arms run through hooks"),
+    "report_to": (bool, "each arm has its losses in its folder, in training_log.csv"),
     "use_liger_kernel": (bool, "arms run the model's own code"),
     "auto_find_batch_size": (bool, "all arms share one batch size"),
     "eval_on_start": (bool, "leave it out: the base's loss is the same for all arms"),
@@ -135,7 +136,7 @@ def refuse(config: TrainConfig, arguments: TrainingArguments) -> None:
 
 
 def shown(value: Any) -> str:
-    return str(getattr(value, "value", value))
+    return ",".join(value) if isinstance(value, list) else str(getattr(value, "value", value))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Learnt
+from rankwise.page.progress import progress
 from rankwise.train.together.optimizer import Active, ArmSettings, Course, StackedAdamW, learning_rates
 from rankwise.train.together.stacked import Stack, Together, running
 
@@ -121,7 +121,7 @@ def train_together(
     check(arms, len(rows), settings)
     training = Training(model, arms, rows, collate, settings, at_once)
     with running(model, training.stack) as together:
-        for step in tqdm(range(settings.steps), desc="arms", unit="step", disable=None):
+        for step in progress(range(settings.steps), desc="arms", unit="step", leave=True):
             training.step(together, step)
             if validation is not None and step + 1 in validation.steps:
                 training.validate(together, step + 1, validation)
@@ -374,7 +374,7 @@ def losses_together(
 def stack_losses(together: Together, stack: Stack, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """The same, of a stack that runs."""
     sums, counts = [], []
-    for batch in tqdm(batches, desc="loss", unit="batch", disable=None, leave=False):
+    for batch in progress(batches, desc="loss", unit="batch"):
         parts = stack.parts(fitting(batch["input_ids"].numel(), stack.values.device))
         sums.append(torch.cat([row_losses(together, part, batch) for part in parts]))
         counts.append((batch["labels"][:, 1:] != IGNORED).sum(1).cpu())
