@@ -161,8 +161,9 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
 def dispatch(argv: Sequence[str]) -> None:
     """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
     name, rest = split_command(argv)
+    if not set(HELPS) & set(rest):  # before any library that has bars
+        importlib.import_module("rankwise.page.progress").adopt_libraries()
     config, dry_run = resolve(name, rest)
-    importlib.import_module("rankwise.page.progress").adopt_libraries()
     preflight = importlib.import_module("rankwise.pipeline.preflight")
     preflight.ready(name, config)
     if dry_run:

@@ -14,6 +14,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,7 @@ from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, c
 from rankwise.files.document import Document
 from rankwise.gguf.quantize import VARIABLE
 from rankwise.options.sections import OUTTYPES
+from rankwise.page.progress import progress
 
 SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 KEPT = (SCRIPT, ADAPTER_SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
@@ -38,6 +40,7 @@ INSIDE_PACKAGE = Path("vendor/llama.cpp")  # where llama-cpp-python's source pac
 INSTALL = "rankwise export --install-converter"
 MANIFEST = Document("converter.json", "rankwise-converter/1", "an installed converter", INSTALL, ("files", "version"))
 REGISTRIES = {False: "TEXT_MODEL_MAP", True: "MMPROJ_MODEL_MAP"}
+WRITTEN = re.compile(r"Writing:\s+(\d+)%")  # the converter's own bar
 TAIL = 15  # lines of a failed subprocess that an error shows
 
 
@@ -120,7 +123,7 @@ class Converter:
 
     def _run(self, words: Sequence[str], outfiles: Sequence[Path], what: str) -> None:
         command = [sys.executable, "-P", *words]  # -P: nothing of the current folder is imported
-        status, tail = streamed(command, converter_environment(self.folder), "Writing")
+        status, tail = streamed(command, converter_environment(self.folder), "convert", "percent")
         if status or not all(file.is_file() for file in outfiles):
             raise VerificationError(
                 f"{what}: llama.cpp's converter failed (status {status}) and nothing was written; the end of its "
@@ -135,28 +138,31 @@ def converter_environment(folder: Path) -> dict[str, str]:
     return kept | own | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def streamed(command: Sequence[str], environment: Mapping[str, str], shown: str) -> tuple[int, str]:
-    """Run a command; (its status, the end of its output). At a terminal its lines that begin with `shown` are seen."""
+def streamed(command: Sequence[str], environment: Mapping[str, str], desc: str, unit: str) -> tuple[int, str]:
+    """Run a command; (its status, the end of its output), with a bar of its lines, or of its own bar's percentage."""
     last: deque[str] = deque(maxlen=TAIL)
-    seen = sys.stderr.isatty()
-    with subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.strip():
-                last.append(line.rstrip())
-            if seen and line.startswith(shown):
-                print(f"\r{line.rstrip()}", end="", file=sys.stderr, flush=True)
-    if seen:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    total = 100 if unit == "percent" else None
+    with progress(total=total, desc=desc, unit=unit, leave=True) as bar:
+        with subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
+            assert process.stdout
+            for line in process.stdout:
+                if line.strip():
+                    last.append(line.rstrip())
+                if total is None:
+                    bar.update()
+                elif found := WRITTEN.match(line):
+                    bar.update(int(found[1]) - bar.n)
+        if total and not process.returncode:
+            bar.update(total - bar.n)
     return process.returncode, "\n".join(last)
 
 
@@ -282,7 +288,7 @@ def download(pin: Pin, folder: Path) -> Path:
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, "-r", str(wanted), "-d", str(folder / "archive")]
     environment = {**os.environ, "PYTHONPATH": str(stand_in(pin, folder))}
-    status, output = streamed(command, environment, "")
+    status, output = streamed(command, environment, "install", "line")
     if MISMATCH in output:
         raise DataError(f"{pin.package} {pin.version}: the index did not return the pinned archive:\n{output}")
     found = list((folder / "archive").glob("*.tar.gz"))

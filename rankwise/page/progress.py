@@ -26,12 +26,16 @@ from typing import Any, NoReturn, TypeVar, overload
 import tqdm as package
 from tqdm import auto, std
 
-from rankwise.files.processes import process_index
 from rankwise.page.text import duration, memory
 
 INTERVAL = 60.0  # seconds between two lines
 BAR = std.tqdm  # tqdm's own, whatever stands for it later
 T = TypeVar("T")
+
+
+def silent() -> bool:
+    """In all processes but the first of a job, as torchrun tells them (`process_index`, whose module needs torch)."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def terminal() -> bool:
@@ -41,7 +45,7 @@ def terminal() -> bool:
 
 @overload
 def progress(
-    items: None = None, *, total: int, desc: str, unit: str, initial: int = 0, leave: bool = False
+    items: None = None, *, total: int | None, desc: str, unit: str, initial: int = 0, leave: bool = False
 ) -> std.tqdm[NoReturn]: ...
 @overload
 def progress(
@@ -54,7 +58,7 @@ def progress(items: Any = None, *, desc: str, unit: str, **settings: Any) -> std
     """
     kind = BAR if terminal() else LogLines
     settings = {"leave": False, **settings}
-    bar: std.tqdm[Any] = kind(items, desc=desc, unit=unit, disable=process_index()[0] != 0, **settings)
+    bar: std.tqdm[Any] = kind(items, desc=desc, unit=unit, disable=silent(), **settings)
     return bar
 
 
@@ -77,7 +81,7 @@ class LogLines(BAR):  # type: ignore[type-arg]
     monitor_interval = 0
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        settings["disable"] = bool(settings.get("disable")) or process_index()[0] != 0
+        settings["disable"] = bool(settings.get("disable")) or silent()
         super().__init__(*args, **{**settings, "delay": float("inf")})  # so that tqdm itself writes nothing
         self.began = time.monotonic()
         if not self.disable:
@@ -115,7 +119,7 @@ class LogLines(BAR):  # type: ignore[type-arg]
 
     def units(self, number: float) -> str:
         one = {"it": "item"}.get(self.unit.strip(), self.unit.strip())
-        return one if number == 1 else one + ("es" if one.endswith(("ch", "x")) else "s")
+        return one if number == 1 or one == "percent" else one + ("es" if one.endswith(("ch", "x")) else "s")
 
     def rate(self, made: float, seconds: float) -> str:
         if self.unit == "B":

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
+from rankwise.errors import UsageError
 from rankwise.files.atomic import read_if_there, write_json
 from rankwise.page.progress import progress
 from rankwise.train.gradient_table import GROUP_OF
@@ -33,6 +34,7 @@ SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm")
 PROJECT_OF = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 RUN_OF = {"wandb": "WANDB_RUN_ID", "mlflow": "MLFLOW_RUN_ID"}
 SECRET = re.compile(r"(^|_)(token|key|password|secret)$")
+WITHOUT = {"wandb": " WANDB_MODE=offline needs none"}
 UNFINISHED = ("wandb", "swanlab")
 TEXTS = ("tensorboard", "trackio", "wandb")  # they take texts among the values
 
@@ -155,7 +157,11 @@ class Tracked:
         with environment(self.settings(args)):
             if self.name == "swanlab" and state.is_world_process_zero:
                 self.open_swanlab(told)
-            self.tracker.on_train_begin(told, state, control, **rest)
+            try:
+                self.tracker.on_train_begin(told, state, control, **rest)
+            except self.errors() as error:
+                first = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UsageError(f"--report_to {self.name}: {first}{WITHOUT.get(self.name, '')}") from error
         if self.name == "mlflow" and state.is_world_process_zero:
             self.trackers.ids["mlflow"] = self.tracker._ml_flow.active_run().info.run_id
 
@@ -187,6 +193,12 @@ class Tracked:
         elif self.name == "mlflow" and self.name in self.trackers.ids:
             found[RUN_OF[self.name]] = self.trackers.ids[self.name]
         return found
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What the tracker raises where it cannot begin: no key, say, or no server at the address."""
+        if self.name == "wandb":
+            return (self.tracker._wandb.Error,)
+        return (self.tracker._ml_flow.MlflowException,) if self.name == "mlflow" else ()
 
     def own_id(self) -> str:
         return self.trackers.ids.setdefault(self.name, secrets.token_hex(8))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from rankwise.gguf.converter import (
     install_converter,
     installed,
     own_converter,
+    streamed,
     unpack,
 )
 
@@ -296,3 +299,15 @@ def test_the_pinned_package_knows_what_we_ship(converter: Converter) -> None:
     for name in ("SmolVLMForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"):
         assert converter.knows(name, mmproj=True)
     assert converter.knows("IsaacForConditionalGeneration") is False
+
+
+@pytest.mark.parametrize(
+    ("status", "last"), [(0, "convert: done, 100 percent in"), (3, "convert: ended after 45 of 100")]
+)
+def test_the_converters_bar_is_ours(status: int, last: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """It overwrites its line, which in a log would be one line of thousands of characters."""
+    code = f"import sys; sys.stderr.write('\\rWriting:   3%|x| 1/9\\rWriting:  45%|x| 4/9\\n'); sys.exit({status})"
+    found, tail = streamed([sys.executable, "-c", code], os.environ, "convert", "percent")
+    first, end = capfd.readouterr().err.splitlines()
+    assert (found, first, tail.splitlines()[-1]) == (status, "convert: 100 percent", "Writing:  45%|x| 4/9")
+    assert end.startswith(last)

@@ -94,8 +94,9 @@ class Fake:
 
     def __init__(self) -> None:
         self.told: list[Any] = []
-        self._ml_flow = SimpleNamespace(active_run=lambda: SimpleNamespace(info=SimpleNamespace(run_id="given")))
-        self._wandb = SimpleNamespace(finish=lambda: self.told.append("finish"))
+        run = SimpleNamespace(info=SimpleNamespace(run_id="given"))
+        self._ml_flow = SimpleNamespace(active_run=lambda: run, MlflowException=KeyError)
+        self._wandb = SimpleNamespace(finish=lambda: self.told.append("finish"), Error=KeyError)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         names = ("WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_RESUME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID")
@@ -146,6 +147,17 @@ def test_a_resumed_run_is_the_same_one_and_secrets_stay_here(
     assert (
         environment[f"{name.upper()}_RUN_ID"] == first.ids[name] == ("given" if name == "mlflow" else first.ids[name])
     )
+
+
+@pytest.mark.parametrize(("name", "said"), [("wandb", "no key.*WANDB_MODE=offline"), ("mlflow", "no key")])
+def test_a_tracker_that_cannot_begin_is_an_error_in_a_sentence(name: str, said: str, tmp_path: Path) -> None:
+    class Keyless(Fake):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise KeyError("no key")
+
+    tracked = Tracked(name, Keyless(), Trackers({}, None, None))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"--report_to {name}: .*{said}"):
+        tracked.on_train_begin(SimpleNamespace(output_dir=str(tmp_path), run_name=None, project="p"), STATE, None)  # type: ignore[arg-type]
 
 
 def test_names_of_trackers() -> None:
