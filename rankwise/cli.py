@@ -25,7 +25,7 @@ from rankwise.options.flags import build_parser, parse_flags
 from rankwise.options.help import bold, help_text
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
-from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options
+from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
@@ -161,9 +161,12 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
 def dispatch(argv: Sequence[str]) -> None:
     """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
     name, rest = split_command(argv)
-    if not set(HELPS) & set(rest):  # before any library that has bars
+    if not COMMANDS[name].standalone and not set(HELPS) & set(rest):  # before any library that has bars
         importlib.import_module("rankwise.page.progress").adopt_libraries()
     config, dry_run = resolve(name, rest)
+    if COMMANDS[name].standalone and not dry_run:
+        stage_of(name).run(config)
+        return
     preflight = importlib.import_module("rankwise.pipeline.preflight")
     preflight.ready(name, config)
     if dry_run:

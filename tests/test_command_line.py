@@ -66,8 +66,9 @@ LINES = {
     "batch": ("@/own.yaml", 0),
     "tiny": ("", 0),
     "demo": ("", 0),
+    "doctor": ("", 0),
 }
-NO_OUTPUT = ("ranks diff", "features show", "features downstream", "features compare")
+NO_OUTPUT = ("doctor", "ranks diff", "features show", "features downstream", "features compare")
 HIDEABLE = (
     "matplotlib wandb openai aiolimiter gguf xllamacpp bitsandbytes sacrebleu rouge_score nltk pooch py7zr".split()
 )
@@ -395,6 +396,7 @@ REFUSED = {
     "batch": ("@/own.yaml @/wrong.yaml",),
     "tiny": ("-o @/file/below",),
     "demo": ("-o @/file/below", "--vision --experts"),
+    "doctor": ("--json=maybe",),
 }
 
 

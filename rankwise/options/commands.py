@@ -326,6 +326,16 @@ class TinyConfig(Options):
 
 
 @dataclass(frozen=True)
+class DoctorConfig(Options):
+    """Check this installation: one line per finding, with the command that mends it.
+
+    rankwise doctor
+    """
+
+    json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True)
 class RunConfig(Options):
     """Run a pipeline of stages from one file.
 

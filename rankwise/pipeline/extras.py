@@ -13,6 +13,7 @@ from typing import Any
 
 from rankwise.errors import UsageError, need
 from rankwise.options.field import flatten
+from rankwise.options.sections import is_harness
 from rankwise.pipeline.idle import Told, hands_off
 
 DRAWING = ("ranks", "compare", "features compare", "features downstream")
@@ -74,6 +75,14 @@ def reads_gguf(told: Told) -> bool:
     return not hands_off(told) and bool(not told.replay or told.answers)
 
 
+def scores(told: Told) -> bool:
+    return bool(told.task) and not is_harness(told.task)
+
+
+def asks_teacher(told: Told) -> bool:
+    return not (told.from_folders or told.labels_file)
+
+
 def runs_llama_cpp(told: Told) -> bool:
     return not hands_off(told) and not told.server and not (told.replay and told.answers)
 
@@ -112,13 +121,17 @@ EXTRAS = (
     Extra("matplotlib", ("features show",), "the pictures", brings="[plots]"),
     *(tracker(name, module) for name, module in TRACKERS.items()),
     *(optimizer(module, *begin) for module, begin in OPTIMIZERS.items()),
-    Extra("bitsandbytes", TRAINERS, "this --optim", of_bitsandbytes, "[quant]"),
+    Extra("bitsandbytes", TRAINERS, "--optim of bitsandbytes", of_bitsandbytes, "[quant]"),
     Extra("bitsandbytes", TRAINERS, "--load_in_4bit", on("load_in_4bit"), "[quant]"),
     Extra("bitsandbytes", TRAINERS, "--load_in_8bit", on("load_in_8bit"), "[quant]"),
     Extra("scipy.stats", TRAINERS, "LoftQ", lambda told: told.init_lora_weights == "loftq", "[eval]"),
     Extra("liger_kernel", TRAINERS, "--use_liger_kernel", on("use_liger_kernel")),
     Extra("deepspeed", TRAINERS, "--deepspeed", on("deepspeed")),
     Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
+    Extra("scipy.stats", ("evaluate",), "scores of --task", scores, "[eval]"),
+    Extra("lm_eval", ("evaluate",), "--task lm_eval:…", lambda told: is_harness(told.task), "[harness]"),
+    Extra("vllm", ("evaluate",), "--engine vllm", lambda told: told.engine == "vllm", "[vllm]"),
+    Extra("openai", ("label",), "a teacher model", asks_teacher, "[label]"),
     Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
     Extra("gguf", LLAMA, "the command", reads_gguf, "[device]"),

@@ -105,8 +105,9 @@ def dry_run(command: str, config: Any) -> None:
     no part of the config."""
     import yaml
 
-    with contextlib.redirect_stdout(sys.stderr), rehearsal():
-        run(command, config)
+    if not COMMANDS[command].standalone:
+        with contextlib.redirect_stdout(sys.stderr), rehearsal():
+            run(command, config)
     print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")
     for line in describe(command, config):
         print("# would " + line.replace("\n", "\n#   "))

@@ -27,7 +27,8 @@ class Command:
     """One row of the table: where it stands in the help, what it is told, and which stage runs it.
 
     packaged: a folder of the package's recipes whose files can be given by name, as the command's config file.
-    repeated: the last positional takes all further words.
+    repeated: the last positional takes all further words. standalone: needs nothing but the standard library, so that
+    it runs in an installation that is broken; nothing is checked beforehand.
     """
 
     group: str
@@ -38,6 +39,7 @@ class Command:
     trainer: bool = False
     packaged: str = ""
     repeated: bool = False
+    standalone: bool = False
 
     @property
     def about(self) -> str:
@@ -88,6 +90,7 @@ COMMANDS = {
     "batch": Command("MORE", "pipeline.batch", commands.BatchConfig(), ("recipes",), takes_file=False, repeated=True),
     "tiny": Command("MORE", "demo.tiny", commands.TinyConfig()),
     "demo": Command("MORE", "demo.command", commands.DemoConfig()),
+    "doctor": Command("MORE", "doctor.command", commands.DoctorConfig(), takes_file=False, standalone=True),
 }
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
