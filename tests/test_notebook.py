@@ -40,6 +40,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nbformat.validate(book)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("MPLBACKEND", raising=False)  # the kernel shows plots itself
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()

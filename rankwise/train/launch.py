@@ -130,11 +130,11 @@ def tracked_facts(config: FinetuneConfig | TrainConfig, job: Job, model: nn.Modu
     """The command's options, and what it trains on what, for the trackers: alike in all parts of a resumed run."""
     options = replace(config, training={})  # a tracker has those from the Trainer
     ranks = list(job.facts.get("ranks", {}).values())
-    plan = {"sites": len(ranks), "rank_min": min(ranks), "rank_mean": fmean(ranks), "rank_max": max(ranks)}
+    spread = {"rank_min": min(ranks), "rank_mean": fmean(ranks), "rank_max": max(ranks)} if ranks else {}
     trainable, total = trainable_parameters(model)
     return {
         **{name: value for name, value in flatten(options).items() if name not in OF_A_PART},
-        **(plan if ranks else {}),
+        **({"sites": len(ranks), **spread} if ranks else {}),
         "schedule": (job.facts.get("schedule") or [None])[0],
         "samples": job.facts.get("samples"),
         "trained_parameters": trainable,
