@@ -326,8 +326,10 @@ def full_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def trainable_parameters(model: PeftModel) -> tuple[int, int]:
+def trainable_parameters(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
     """(trainable, all) parameters; 4-bit ones counted as what they hold."""
+    if not isinstance(model, PeftModel):
+        return int(model.num_parameters(only_trainable=True)), int(model.num_parameters())
     trainable, total = model.get_nb_trainable_parameters()
     return int(trainable), int(total)
 
