@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rankwise.page.grid import CellMap
+from rankwise.page.svg import Curves
 from rankwise.page.text import align, printable
 
 CELL, PARAGRAPH = 400, 1500  # characters
@@ -25,12 +27,16 @@ def _clean(block: object, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns from `first_number` on are right-aligned. A cell is a text; `note` stands under the table."""
+    """Columns from `first_number` on are right-aligned. A cell is a text; `note` stands under the table.
+
+    `totals`: how many of the last rows sum up those above, and stay below them however these are sorted.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     first_number: int = 1
     note: str = ""
+    totals: int = 0
     kind: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
@@ -47,6 +53,10 @@ class Plot:
     caption: str
     draw: Callable[[Path], Path]
     kind: ClassVar[str] = "plot"
+    suffix: ClassVar[str] = ".png"
+
+    def drawn(self, path: Path) -> Picture:
+        return Picture(self.draw(path), self.caption)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,24 @@ class Folded:
         _clean(self, "title", printable(self.title, CELL))
 
 
-Block = Table | Plot | Picture | Words | SideBySide | Gallery | Folded
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that numbers came from: where it is, and its name relative to the folder that the page is about."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """Blocks with the files that their numbers came from; the page links to them."""
+
+    blocks: Sequence[Block]
+    sources: Sequence[SourceFile]
+    kind: ClassVar[str] = "sourced"
+
+
+Block = Table | Plot | Curves | CellMap | Picture | Words | SideBySide | Gallery | Folded | Sourced
 
 
 @dataclass(frozen=True)
@@ -142,16 +169,18 @@ class Figure:
     value: str
     before: str = ""
     detail: str = ""
+    source: SourceFile | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `started` orders it, `aside` is its time."""
+    """A part of the page; `started` orders it, `aside` is its time, from the file `source`."""
 
     title: str
     blocks: Sequence[Block]
     started: str = ""
     aside: str = ""
+    source: SourceFile | None = None
 
     def __post_init__(self) -> None:
         _clean(self, "title", printable(self.title, CELL))
@@ -169,33 +198,34 @@ class Page:
     appendix: Sequence[Block] = ()
 
 
-Target = Callable[[Plot], Path]
+Target = Callable[[Plot | Curves], Path | None]
 
 
 def into(folder: Path) -> Target:
     """The target that names each file in a folder like its plot."""
-    return lambda plot: folder / f"{plot.name}.png"
+    return lambda plot: folder / f"{plot.name}{plot.suffix}"
 
 
 def drawn(blocks: Iterable[Block], target: Target | None) -> list[Block]:
-    """The blocks with every plot drawn into its target; without a target the plots are left out."""
+    """The blocks with every plot drawn into its target; a plot that gets none is left out."""
     found: list[Block] = []
     for block in blocks:
-        if isinstance(block, Folded):
+        if isinstance(block, Folded | Sourced):
             inner = drawn(block.blocks, target)
-            found += [replace(block, blocks=inner)] if inner or block.verbatim else []
-        elif not isinstance(block, Plot):
+            shown = inner or (isinstance(block, Folded) and block.verbatim)
+            found += [replace(block, blocks=inner)] if shown else []
+        elif not isinstance(block, Plot | Curves):
             found.append(block)
-        elif target:
-            found.append(Picture(block.draw(target(block)), block.caption))
+        elif target and (path := target(block)):
+            found.append(block.drawn(path))
     return found
 
 
 def each(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Every block, those that are folded as well."""
+    """Every block, those that are within others as well."""
     for block in blocks:
         yield block
-        yield from each(block.blocks) if isinstance(block, Folded) else ()
+        yield from each(block.blocks) if isinstance(block, Folded | Sourced) else ()
 
 
 def pictures(blocks: Iterable[Block]) -> dict[str, Path]:
@@ -212,6 +242,8 @@ def lines(blocks: Iterable[Block]) -> list[str]:
         elif isinstance(block, Table):
             note = [block.note] if block.note else []
             found += ["", *(f"  {line}" for line in [*table_lines(block), *note]), ""]
+        elif isinstance(block, Sourced):
+            found += ["", *lines(block.blocks), ""]
     tidy = [line for line, before in zip(found, ["", *found], strict=False) if line or before]
     return tidy[:-1] if tidy and not tidy[-1] else tidy
 

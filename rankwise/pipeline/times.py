@@ -55,7 +55,7 @@ def total(times: Sequence[StageTime]) -> list[str]:
 def time_table(times: Sequence[StageTime]) -> Table:
     """Table of times, without empty columns."""
     header, *rows = columns([HEADER, *map(cells, times), total(times)])
-    return Table(header, rows, note=NOTE)
+    return Table(header, rows, note=NOTE, totals=1)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:

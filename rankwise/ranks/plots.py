@@ -7,7 +7,7 @@ plot_decay(spectrum, planned_site, threshold=0.9, path=plots / "q_proj.png", nul
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,19 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, need
 from rankwise.files.atomic import atomic_write, read_object, write_json
 from rankwise.page import canvas
-from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
+from rankwise.page.blocks import Block, Finding, Plot, Table
+from rankwise.page.grid import LEAST_SPAN
 from rankwise.page.progress import progress
-from rankwise.page.text import clip, has_numbers, percent, plural
+from rankwise.page.text import clip, has_numbers, percent
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import SHARD_BYTES, DeltaSource, dense, shards
 from rankwise.ranks.expert_map import CHANGES, expert_facts, plot_expert_map
 from rankwise.ranks.intruders import DOCUMENT as INTRUDERS
 from rankwise.ranks.measured import Measured
-from rankwise.ranks.summary import layer_ranges
 
 Cells = dict[tuple[str, int | None], float]
 CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.5, 11.0, 0.27  # inches
 MANY_POINTS = 40
-LEAST_SPAN = 4  # ranks from 6 to 9 are nearly uniform, and must not fill the whole colour scale
 DECAY_MARGINS = {"left": 0.075, "right": 0.99, "top": 0.88, "bottom": 0.16, "wspace": 0.2}
 
 
@@ -128,21 +127,35 @@ def short_share(share: float) -> str:
 
 def gather(rows: Sequence[PlannedSite], value: Callable[[PlannedSite], float | None]) -> Cells:
     """(row name, layer) → value. Sites that share a cell (experts, cross-attention) give their median."""
+    return {place: median(map(value, members)) for place, members in by_cell(rows).items()}
+
+
+def by_cell(rows: Sequence[PlannedSite]) -> dict[tuple[str, int | None], list[PlannedSite]]:
+    """(row name, layer) → its sites; where the model has several towers, the name says which."""
     towers = {row.site.tower for row in rows}
-    found: dict[tuple[str, int | None], list[float]] = {}
+    found: dict[tuple[str, int | None], list[PlannedSite]] = {}
     for row in rows:
         name = row.site.projection if len(towers) == 1 else f"{row.site.tower} · {row.site.projection}"
-        answers = found.setdefault((name, row.site.layer), [])
-        answer = value(row)
-        answers += [] if answer is None else [answer]
-    return {key: statistics.median(values) if values else float("nan") for key, values in found.items()}
+        found.setdefault((name, row.site.layer), []).append(row)
+    return found
+
+
+def median(values: Iterable[float | None]) -> float:
+    """Of those that are known; NaN where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else float("nan")
+
+
+def by_layer(layer: int | None) -> tuple[bool, int]:
+    """Order of the layers; what lies in none comes last."""
+    return layer is None, layer or 0
 
 
 def draw_heatmap(
     cells: Cells, norm: Any, title: str, unit: str, text: Callable[[float], str], path: Path | str
 ) -> Path:
     names = list(dict.fromkeys(name for name, _ in cells))
-    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer or 0))
+    layers = sorted({layer for _, layer in cells}, key=by_layer)
     width = min(MOST_WIDTH, 2.6 + CELL * max(4, len(layers)))
     figure, axis = canvas.new_figure(width, 1.25 + 0.34 * max(2, len(names)))
     nothing = float("nan")
@@ -211,40 +224,6 @@ def is_shuffle(arm: Mapping[str, Any]) -> bool:
 
 
 # --- in the report ---------------------------------------------------------------------------------------------------
-
-
-def ranks_plot(plan: RankPlan) -> Plot:
-    caption = "Rank of every site: projection types × layers"
-    return Plot("ranks_heatmap", caption, partial(plot_ranks_heatmap, plan))
-
-
-def plan_blocks(plan: RankPlan) -> list[Block]:
-    """The plan in a sentence, the energy its ranks keep, and the ranks as a table."""
-    ranks = [row.rank for row in plan.sites]
-    saturated = sum(row.saturated for row in plan.sites)
-    said = f"{plural(len(plan.ranks), 'site')} with ranks from {min(ranks)} to {max(ranks)}: {plan.parameters:,} "
-    said += f"trainable parameters, {percent(plan.kept_fraction)} of the analysed matrices."
-    if saturated:
-        said += f" {plural(saturated, 'site')} did not reach the energy threshold within the largest rank."
-    budget = plan.metadata.get("budget")
-    said += f" Chosen within a budget of {budget}." if budget else ""
-    choice = plan.metadata.get("choice")
-    said += f" Metric by gain kept: {choice['metric']}, {choice['purpose']}." if choice else ""
-    energy = Plot(
-        "energy_heatmap", "Share of each delta's energy that its rank keeps", partial(plot_energy_heatmap, plan)
-    )
-    known = any(row.energy_retained is not None for row in plan.sites)
-    return [Words(said), *([energy] if known else []), Folded("Ranks by layer", [ranks_table(plan)])]
-
-
-def ranks_table(plan: RankPlan) -> Table:
-    columns = list(dict.fromkeys(row.site.projection for row in plan.sites))
-    rows = []
-    for name, members in layer_ranges(plan.sites, len(plan.sites)):
-        ranks = {column: [row.rank for row in members if row.site.projection == column] for column in columns}
-        cells = [" ".join(map(str, sorted(set(ranks[column])))) for column in columns]
-        rows.append((name, *(clip(cell, 24) for cell in cells)))
-    return Table(("", *columns), rows)
 
 
 def gain_blocks(gain: Mapping[str, Any]) -> list[Block]:

@@ -32,7 +32,7 @@ from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import MANIFEST, STAGES, without_secrets
 from rankwise.models.adapters import SITES
-from rankwise.page.blocks import Finding
+from rankwise.page.blocks import Finding, SourceFile
 from rankwise.pipeline.times import StageTime, read_times
 from rankwise.ranks.expert_map import EXPERT_MAP
 from rankwise.ranks.fidelity import FIDELITY
@@ -75,6 +75,7 @@ class Scored:
     written: float
     is_before: bool = False
     predictions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    file: str = RESULTS.name
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything found; the first member of each pair is the file's folder (or path) relative to the run."""
+    """Everything found; the first member of each pair is the file's folder relative to the run, of plans its path."""
 
     run: Path
     stages: tuple[StageRun, ...] = ()
@@ -107,6 +108,23 @@ class Contents:
     times: tuple[StageTime, ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def source(self, where: str, name: str) -> SourceFile:
+        """A file of one of the run's folders, as the page links to it."""
+        path = (Path(where) / name).as_posix()
+        return SourceFile(self.run / path, path)
+
+    def norms(self, plan: RankPlan) -> tuple[dict[str, float], str]:
+        """Mean gradient norms of the plan's sites, and the folder of their table: that of a run which trained these
+        ranks, where there is one, and of those the one that has most of the sites."""
+        paths, planned, adapted = {row.site.path for row in plan.sites}, Counter(plan.ranks.values()), dict(self.sites)
+        held = []
+        for where, tables in self.gradients:
+            norms = {path: norm for path, norm in tables.sites.items() if path in paths}
+            its_own = where in adapted and Counter(adapted[where].ranks) <= planned
+            held.append((norms, where, its_own and bool(norms)))
+        found = max(held, key=lambda one: (one[2], len(one[0])), default=({}, "", False))
+        return found[:2]
 
     def was_trained(self, plan: RankPlan) -> bool:
         """Whether a plan's ranks, or a part of them, are those that were trained; so they are where nothing was yet."""
@@ -196,7 +214,7 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
     for path in named(files, "lora_rank_config.json"):
         content = read_object(path)
         if content.get("rank_pattern") and content.get("layer_metadata"):
-            yield folder(run, path), read_plan(path)
+            yield relative(run, path), read_plan(path)
 
 
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
@@ -210,7 +228,7 @@ def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
         rows = read_predictions(predictions) if path.name == RESULTS.name and predictions.is_file() else {}
         result, label = EvaluationResult.load(path), label_of(where)
         is_before = bool(BEFORE.search(f"{where}/{label}"))
-        yield Scored(label, where, result, path.stat().st_mtime, is_before, rows)
+        yield Scored(label, where, result, path.stat().st_mtime, is_before, rows, path.name)
 
 
 def label_of(where: str) -> str:

@@ -17,15 +17,17 @@ from pathlib import Path
 from rankwise.errors import UsageError
 from rankwise.evaluate import forgetting
 from rankwise.files.atomic import write_text
+from rankwise.files.run_folder import MANIFEST
+from rankwise.models.adapters import SITES
 from rankwise.options.commands import ReportConfig
-from rankwise.page.blocks import Block, Figure, Gallery, Page, Plot, Section, Words, drawn, each
+from rankwise.page.blocks import Figure, Gallery, Page, Plot, Section, Sourced, SourceFile, Words, drawn, each
 from rankwise.page.canvas import can_draw
+from rankwise.page.svg import Curves
 from rankwise.page.template import html, markdown
 from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
-from rankwise.ranks.plots import ranks_plot
-from rankwise.report.contents import Contents, Scored, StageRun, read_run
+from rankwise.report.contents import Contents, Scored, read_run
 from rankwise.report.scores import gallery, score_blocks
-from rankwise.report.sections import appendix, sections_of
+from rankwise.report.sections import appendix, ranks_block, sections_of, shown_names
 from rankwise.train.loss_plots import leading_metrics
 
 HEADLINE_METRICS = 3
@@ -53,7 +55,7 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
     seen = {task: gallery(results, run, files) for task, results in tasks.items()}
     page = with_pictures(compose(contents, tasks, seen, title or run.resolve().name), files)
     write_text(out.with_suffix(".md"), markdown(page, out.parent))
-    return write_text(out.with_suffix(".html"), html(page))
+    return write_text(out.with_suffix(".html"), html(page, out.parent))
 
 
 def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
@@ -66,13 +68,15 @@ def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 def compose(contents: Contents, tasks: dict[str, list[Scored]], seen: dict[str, Gallery | None], title: str) -> Page:
     """The page in no format yet, its plots not drawn."""
-    lead: list[Block] = [ranks_plot(plan) for _, plan in contents.plans if contents.was_trained(plan)]
+    lead = [ranks_block(contents, path, plan) for path, plan in contents.plans if contents.was_trained(plan)]
     scored = [
-        Section(f"Scores · {task}" if task else "Scores", score_blocks(results, seen[task]))
+        Section(
+            f"Scores · {task}" if task else "Scores",
+            [Sourced(score_blocks(results, seen[task]), [score_source(contents, one) for one in results])],
+        )
         for task, results in tasks.items()
     ]
-    elsewhere = each([*lead, *(block for section in scored for block in section.blocks)])
-    names = {block.name for block in elsewhere if isinstance(block, Plot)}
+    names = shown_names([*lead, *(block for section in scored for block in section.blocks)])
     return Page(
         title=printable(title, 120),
         subtitle=subtitle(contents),
@@ -83,19 +87,28 @@ def compose(contents: Contents, tasks: dict[str, list[Scored]], seen: dict[str, 
     )
 
 
+def score_source(contents: Contents, one: Scored) -> SourceFile:
+    return contents.source(one.folder, one.file)
+
+
 def with_pictures(page: Page, folder: Path) -> Page:
-    """The page with its plots drawn into the folder; a sentence where they cannot be."""
+    """The page with its plots drawn into the folder; a sentence where a library for them is missing."""
     possible, count = can_draw(), itertools.count()
-    target = (lambda plot: folder / f"{next(count):02d}_{plot.name}.png") if possible else None
-    missing = "Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."
-    lead = [*drawn(page.lead, target), *([] if possible else [Words(missing)])]
+
+    def target(plot: Plot | Curves) -> Path | None:
+        drawable = possible or isinstance(plot, Curves)
+        return folder / f"{next(count):02d}_{plot.name}{plot.suffix}" if drawable else None
+
+    lost = not possible and any(isinstance(one, Plot) for section in page.sections for one in each(section.blocks))
+    missing = "Some pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."
+    lead = [*drawn(page.lead, target), *([Words(missing)] if lost else [])]
     return replace(page, lead=lead, sections=[replace(one, blocks=drawn(one.blocks, target)) for one in page.sections])
 
 
 def subtitle(contents: Contents) -> str:
     """Which model, how long, when."""
     models = dict.fromkeys(plan.model_name for _, plan in contents.plans if plan.model_name)
-    parts = [printable(name, 80) for name in models]
+    parts = [printable(Path(name).name if Path(name).is_absolute() else name, 80) for name in models]
     times = [stage.seconds for stage in contents.stages if stage.seconds is not None]
     if times:
         parts.append(f"{plural(len(times), 'stage')} in {duration(sum(times))}")
@@ -108,11 +121,12 @@ def headline(contents: Contents, tasks: dict[str, list[Scored]]) -> list[Figure]
     figures = []
     for results in list(tasks.values())[:1]:
         leading = leading_metrics(one.result for one in results)
-        figures += [score_figure(name, results) for name in leading[:HEADLINE_METRICS]]
+        source = score_source(contents, results[-1])
+        figures += [score_figure(name, results, source) for name in leading[:HEADLINE_METRICS]]
     return [*figures, *parameters_figure(contents)]
 
 
-def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
+def score_figure(metric: str, results: Sequence[Scored], source: SourceFile) -> Figure:
     """The last result's score, and the first one's where it is what came before."""
     first, last = results[0], results[-1].result
     compared = len(results) > 1 and (first.is_before or len(results) == 2)
@@ -123,31 +137,34 @@ def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
         value=score(last.metrics[metric]),
         before=score(first.result.metrics[metric]) if compared else "",
         detail=how + (f" · 95 %: {score(interval[0])} to {score(interval[1])}" if interval else ""),
+        source=source,
     )
 
 
 def parameters_figure(contents: Contents) -> list[Figure]:
     """From the training stage's own count where it left one, else the plan against the analysed matrices."""
-    trained = fact(contents.stages, "train", "trainable_parameters")
+    trained, where = fact(contents, "train", "trainable_parameters")
     if trained is None and contents.sites:
-        trained = contents.sites[-1][1].parameters
-    full = fact(contents.stages, "train", "total_parameters") or fact(
-        contents.stages, "finetune", "trainable_parameters"
-    )
+        folder, adapted = contents.sites[-1]
+        trained, where = adapted.parameters, contents.source(folder, SITES.name)
+    full = fact(contents, "train", "total_parameters")[0] or fact(contents, "finetune", "trainable_parameters")[0]
     whole = "of full fine-tuning"
     if contents.plans and (trained is None or full is None):
-        plan = contents.plans[-1][1]
+        path, plan = contents.plans[-1]
         trained, full = plan.parameters, sum(row.site.size for row in plan.sites)
-        whole = "of the adapted matrices"
+        whole, where = "of the adapted matrices", contents.source(".", path)
     if not trained or not full:
         return []
-    return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} {whole} ({amount(full)})")]
+    detail = f"{percent(trained / full)} {whole} ({amount(full)})"
+    return [Figure("trainable parameters", amount(trained), "", detail, where)]
 
 
-def fact(stages: Sequence[StageRun], kind: str, name: str) -> float | None:
-    """The last entry of this kind that has the number."""
-    found = [stage.entry[name] for stage in stages if stage.name.startswith(kind) and is_number(stage.entry.get(name))]
-    return float(found[-1]) if found else None
+def fact(contents: Contents, kind: str, name: str) -> tuple[float | None, SourceFile | None]:
+    """The number of the last stage of this kind that has it, and its manifest."""
+    for stage in reversed(contents.stages):
+        if stage.name.startswith(kind) and is_number(stage.entry.get(name)):
+            return float(stage.entry[name]), contents.source(stage.folder, MANIFEST)
+    return None, None
 
 
 def run(config: ReportConfig) -> Path:

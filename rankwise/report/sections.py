@@ -13,14 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from rankwise.page.blocks import Block, Folded, Picture, Plot, Section, Table, Words, each
+from rankwise.core.plan import RankPlan
+from rankwise.files.run_folder import MANIFEST, MARKS, STATE
+from rankwise.models.adapters import SITES
+from rankwise.page.blocks import Block, Folded, Picture, Plot, Section, Sourced, SourceFile, Table, Words, each
 from rankwise.page.canvas import can_draw
+from rankwise.page.grid import CellMap
+from rankwise.page.svg import Curves
 from rankwise.page.text import clip, duration, is_number, memory, number, plural, printable
 from rankwise.pipeline.times import time_table
-from rankwise.ranks.plots import plan_blocks, ranks_plot
+from rankwise.ranks.page import plan_blocks, rank_map
 from rankwise.report.contents import Adapted, Contents, StageRun
 from rankwise.train.gradient_plots import gradient_blocks
 from rankwise.train.gradient_summary import boundaries
+from rankwise.train.gradient_table import GROUPS, LAYERS, NORMS, TRAINING_LOG
 from rankwise.train.loss_plots import loss_blocks
 
 Found = tuple[tuple[str, ...], str, list[Block]]  # kinds of stage that make it, folder, what is shown
@@ -44,30 +50,59 @@ def sections_of(contents: Contents, drawn: Set[str]) -> list[Section]:
     stages = sorted(contents.stages, key=lambda stage: (stage.started, position(stage.name)))  # times are in seconds
     pieces: dict[Owned, list[Block]] = {(stage, stage.name): [] for stage in stages}
     found = list(artefacts(contents))
-    names = {block.name for _, _, blocks in found for block in each(blocks) if isinstance(block, Plot)}
-    for kinds, where, blocks in [*found, *loose_pictures(contents, names | drawn if can_draw() else set())]:
+    names = {name for _, _, blocks in found for name in shown_names(blocks)}
+    for kinds, where, blocks in [*found, *loose_pictures(contents, names | drawn)]:
         if blocks:
             stage = owner(contents.stages, kinds, where)
             pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
     timed = [key for key in pieces if key[0] is not None]
     loose = sorted((key for key in pieces if key[0] is None), key=lambda key: position(key[1]))
-    spent = [Section("time and memory", [time_table(contents.times)])] if contents.times else []
-    return [*(section(stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]), *spent]
+    spent = Sourced([time_table(contents.times)], [contents.source(STATE, MARKS)])
+    return [
+        *(section(contents, stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]),
+        *([Section("time and memory", [spent])] if contents.times else []),
+    ]
+
+
+def shown_names(blocks: Sequence[Block]) -> set[str]:
+    """Names of what these blocks draw, which is also that of the picture that the room's own command leaves."""
+    kinds = (Plot, Curves, CellMap) if can_draw() else (Curves, CellMap)
+    return {block.name for block in each(blocks) if isinstance(block, kinds)}
 
 
 def artefacts(contents: Contents) -> Iterator[Found]:
-    """What each artefact looks like, in its room's blocks; the scores have the headline."""
-    for where, plan in contents.plans:
-        untrained = [] if contents.was_trained(plan) else [ranks_plot(plan)]  # else it leads the page
-        yield ("ranks",), where, [*untrained, *plan_blocks(plan)]
+    """What each artefact looks like, in its room's blocks, with its file; the scores have the headline."""
+    for path, plan in contents.plans:
+        norms = contents.norms(plan)[0]
+        untrained = [] if contents.was_trained(plan) else [rank_map(plan, norms)]  # else it leads the page
+        blocks = [*untrained, *plan_blocks(plan, norms)]
+        yield ("ranks",), Path(path).parent.as_posix(), [Sourced(blocks, plan_sources(contents, path, plan))]
     for where, adapted in contents.sites:
-        yield ("train",), where, [Words(adapted_sites(adapted))]
+        yield ("train",), where, [Sourced([Words(adapted_sites(adapted))], [contents.source(where, SITES.name)])]
     for where, log in contents.logs:
-        yield ("train", "finetune"), where, loss_blocks(log, boundaries(dict(contents.phases).get(where, ())))
+        blocks = loss_blocks(log, boundaries(dict(contents.phases).get(where, ())))
+        yield ("train", "finetune"), where, sourced(blocks, contents.source(where, TRAINING_LOG))
     for where, tables in contents.gradients:
-        yield ("train", "finetune"), where, gradient_blocks(tables)
+        files = [contents.source(where, name) for name in (GROUPS, LAYERS, NORMS)]
+        there = [one for one in files if one.path.is_file()]
+        yield ("train", "finetune"), where, sourced(gradient_blocks(tables), *there)
     for finding, where, content in contents.findings:
-        yield finding.commands, where, finding.blocks(content)
+        yield finding.commands, where, sourced(finding.blocks(content), contents.source(where, finding.file))
+
+
+def sourced(blocks: list[Block], *sources: SourceFile) -> list[Block]:
+    return [Sourced(blocks, sources)] if blocks else []
+
+
+def ranks_block(contents: Contents, path: str, plan: RankPlan) -> Block:
+    """The map of a plan's ranks."""
+    return Sourced([rank_map(plan, contents.norms(plan)[0])], plan_sources(contents, path, plan))
+
+
+def plan_sources(contents: Contents, path: str, plan: RankPlan) -> list[SourceFile]:
+    """The plan, and the table of gradient norms where one is of its sites."""
+    norms, where = contents.norms(plan)
+    return [contents.source(".", path), *([contents.source(where, NORMS)] if norms else [])]
 
 
 def owner(stages: Sequence[StageRun], kinds: Sequence[str], where: str) -> StageRun | None:
@@ -89,13 +124,13 @@ def position(name: str) -> int:
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
-def section(stage: StageRun | None, name: str, blocks: list[Block]) -> Section:
+def section(contents: Contents, stage: StageRun | None, name: str, blocks: list[Block]) -> Section:
     if stage is None:
         return Section(name, blocks)
-    facts = stage_facts(stage.entry)
+    manifest = contents.source(stage.folder, MANIFEST)
     aside = "" if stage.seconds is None else duration(stage.seconds)
     title = name if stage.folder in (".", name) else f"{name} · {stage.folder}"
-    return Section(title, [*facts, *blocks], stage.started, aside)
+    return Section(title, [*sourced(stage_facts(stage.entry), manifest), *blocks], stage.started, aside, manifest)
 
 
 def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
@@ -132,7 +167,10 @@ def loose_pictures(contents: Contents, drawn: Set[str]) -> Iterator[Found]:
             folders.setdefault(Path(picture).parent.as_posix(), []).append(picture)
     for where, names in folders.items():
         step = -(-len(names) // MOST_PICTURES)
-        kept = [Picture(contents.run / name, clip(Path(name).stem, 90)) for name in names[::step]]
+        kept = [
+            Sourced([Picture(contents.run / name, clip(Path(name).stem, 90))], [contents.source(".", name)])
+            for name in names[::step]
+        ]
         title = f"{plural(len(names), 'plot')} in {where}" + (f", {len(kept)} shown" if step > 1 else "")
         yield ("ranks",) if "analysis_outputs" in where else ("train", *ORDER), where, [Folded(title, kept)]
 
@@ -145,7 +183,8 @@ def appendix(contents: Contents) -> list[Block]:
         found.append(Folded("Versions", [Words(", ".join(sorted(versions)))]))
     for path, settings in contents.settings:
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        found.append(Folded(f"Settings · {path}", verbatim=printable(text, 8000)))
+        shown = Folded(f"Settings · {path}", verbatim=printable(text, 8000))
+        found.append(Sourced([shown], [contents.source(".", path)]))
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from rankwise.errors import DataError, need
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Folded, Plot, drawn, into, pictures
+from rankwise.page.svg import Curves, Line
 from rankwise.train.expert_record import Routing
 from rankwise.train.gradient_summary import (
     NAMES,
@@ -41,6 +42,7 @@ MOST_TICKS = 24
 MOMENTS = 7
 WIDTH = 1.7  # of a line
 MARKERS = "os^Dv<>"
+GROUPS_OVER_TIME, MOVING = "gradient_norms", "Gradient norms before clipping, moving average of 5 steps"
 LIGHTEST = 0.88  # of the colour map: the last tenth is too pale for lines on white
 
 Rows = Iterable[Mapping[str, Any]]
@@ -234,7 +236,7 @@ def gradient_plots(tables: GradientTables) -> list[Plot]:
     found: list[Plot] = []
     if series(tables.groups).filled():
         draw = partial(plot_gradient_norms, tables.groups, phases=tables.boundaries())
-        found.append(Plot("gradient_norms", "Gradient norms before clipping, moving average of 5 steps", draw))
+        found.append(Plot(GROUPS_OVER_TIME, MOVING, draw))
     if by_kind(series(tables.layers)):
         heatmap = partial(plot_layer_heatmap, tables.layers, phases=tables.boundaries())
         found += [
@@ -267,26 +269,31 @@ def plot_routing(routings: Sequence[Routing], path: Path | str) -> Path:
     return canvas.save(figure, path)
 
 
-SHOWN = 2  # plots; the others are folded
-
-
 def gradient_blocks(tables: GradientTables) -> list[Block]:
-    """The summary in numbers and words, and the plots."""
-    plots = gradient_plots(tables)
-    folded = (
-        [
-            Folded(
-                "Layers, moments, experts and LoRA factors"
-                if tables.experts.steps
-                else "Layers, moments and LoRA factors",
-                plots[SHOWN:],
-            )
-        ]
-        if plots[SHOWN:]
+    """The summary in numbers and words, the groups over time, the layers; other plots are folded."""
+    plots = [one for one in gradient_plots(tables) if one.name != GROUPS_OVER_TIME]
+    title = f"Layers, moments, {'experts ' if tables.experts.steps else ''}and LoRA factors"
+    folded = [Folded(title, plots[1:])] if plots[1:] else []
+    words = [*summary_blocks(gradient_summary(tables.groups, tables.layers)), *expert_blocks(tables.experts)]
+    return [*words, *group_curves(tables), *plots[:1], *folded]
+
+
+def group_curves(tables: GradientTables) -> list[Block]:
+    """The same as `plot_gradient_norms` draws, on a logarithmic scale."""
+    table = series(tables.groups)
+    found = table.filled()
+    names = [name for name in LINES if name in found and not is_only_group(name, found)]
+    lines = []
+    for look, name in enumerate(LINES):
+        if name in names:
+            behind, smoothed = found[name], table.smoothed(found[name])
+            lines.append(Line("", list(zip(map(float, table.steps), behind, strict=True)), look, faint=True))
+            lines.append(Line(LINES[name][0], list(zip(map(float, table.steps), smoothed, strict=True)), look))
+    return (
+        [Curves(GROUPS_OVER_TIME, MOVING, lines, "optimizer step", "gradient norm", tables.boundaries(), True)]
+        if lines
         else []
     )
-    words = [*summary_blocks(gradient_summary(tables.groups, tables.layers)), *expert_blocks(tables.experts)]
-    return [*words, *plots[:SHOWN], *folded]
 
 
 def plot_gradients(run_folder: Path, *, plots: bool = True) -> list[Path]:

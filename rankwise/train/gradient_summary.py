@@ -154,6 +154,7 @@ class GradientTables:
     """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors.
 
     phases: of `phases.csv`, which knows each step; without it they are read off the steps that were measured.
+    sites: path → mean norm of the recorded steps at which the site trained.
     """
 
     groups: Sequence[Mapping[str, Any]]
@@ -161,6 +162,7 @@ class GradientTables:
     factors: Series
     phases: Sequence[Change] = ()
     experts: ExpertRecord = field(default_factory=ExpertRecord)
+    sites: Mapping[str, float] = field(default_factory=dict)
 
     def boundaries(self) -> list[Boundary]:
         return boundaries(self.phases) if self.phases else series(self.groups).boundaries()
@@ -169,15 +171,15 @@ class GradientTables:
 def read_tables(folder: Path) -> GradientTables | None:
     """The tables of a run folder; None where it has none. Views that are missing are computed from the long table."""
     long = folder / NORMS
-    factors = factor_series(stored(long)) if long.is_file() else series(())
+    factors, sites = by_factor_and_site(stored(long) if long.is_file() else ())
     phases = read_phases(folder / PHASES_TABLE) if (folder / PHASES_TABLE).is_file() else []
     if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
         rows = read_rows(folder / GROUPS), read_rows(folder / LAYERS)
-        return GradientTables(*rows, factors, phases, read_experts(folder))
+        return GradientTables(*rows, factors, phases, read_experts(folder), sites)
     if not long.is_file():
         return None
     found = views(stored(long))
-    return GradientTables(found.groups, found.layers, factors, phases, read_experts(folder))
+    return GradientTables(found.groups, found.layers, factors, phases, read_experts(folder), sites)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -192,19 +194,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def factor_series(rows: Iterable[SiteNorm]) -> Series:
-    """√Σx² over the sites of a kind, by step: attention_norm_a, attention_norm_b, attention_delta_norm, mlp_…"""
+def by_factor_and_site(rows: Iterable[SiteNorm]) -> tuple[Series, dict[str, float]]:
+    """√Σx² over the sites of a kind, by step: attention_norm_a, attention_norm_b, attention_delta_norm, mlp_…; and the
+    mean norm of each site. In one pass, since the table may be larger than one wants to hold."""
     steps: dict[tuple[int, str], dict[str, float]] = {}
+    norms: dict[str, list[float]] = {}
     for row in rows:
+        if row.norm is not None:
+            norms.setdefault(row.site, []).append(row.norm)
         squares = steps.setdefault((row.step, row.phase), {})
         for name in ("norm_a", "norm_b", "delta_norm") if row.kind in PER_LAYER else ():
             value = getattr(row, name)
             if value is not None:
                 squares[f"{row.kind}_{name}"] = squares.get(f"{row.kind}_{name}", 0.0) + value * value
-    return series(
+    factors = series(
         {"step": step, "phase": phase, **{name: math.sqrt(square) for name, square in found.items()}}
         for (step, phase), found in steps.items()
     )
+    return factors, {site: mean(values) for site, values in norms.items()}
 
 
 TEXT, JSON = "gradient_summary.txt", "gradient_summary.json"

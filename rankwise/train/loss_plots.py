@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.evaluate.predictions import READ_FIRST, EvaluationResult
 from rankwise.page import canvas
-from rankwise.page.blocks import Block, Plot
+from rankwise.page.blocks import Block
+from rankwise.page.svg import Curves, Line, Point
 from rankwise.page.text import clip, metric_name, score
 
-Point = tuple[float, float]
+NATS = "loss (nats per token)"
 SHADES = (canvas.GREY, canvas.BLUE, canvas.YELLOW, "#4a566c", "#b0a473", "#222222")
 HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
 MOST_PANELS = 4
@@ -39,16 +39,22 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Seque
     draw_curve(axis, training, "training", canvas.BLUE, "-", "v")
     draw_curve(axis, validation, "validation", canvas.INK, "--", "D")
     draw_phases(axis, phases)
-    canvas.name_axes(axis, "optimizer step", "loss (nats per token)")
+    canvas.name_axes(axis, "optimizer step", NATS)
     canvas.legend(axis, loc="upper right")
     return canvas.save(figure, path)
 
 
 def loss_blocks(rows: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float, str]] = ()) -> list[Block]:
-    """The curves of a training log that has any."""
+    """The curves of a training log that has any, its phases shaded."""
+    curves = [("training", points(rows, "loss")), ("validation", points(rows, "eval_loss"))]
+    lines = [line_of(name, curve, look) for look, (name, curve) in enumerate(curves) if curve]
     caption = "Training and validation loss, minima marked"
-    draw = partial(plot_loss, rows, phases=phases)
-    return [Plot("training_loss", caption, draw)] if points(rows, "loss") or points(rows, "eval_loss") else []
+    return [Curves("training_loss", caption, lines, "optimizer step", NATS, phases)] if lines else []
+
+
+def line_of(name: str, curve: list[Point], look: int) -> Line:
+    step, least = min(curve, key=lambda point: point[1])
+    return Line(f"{name}, least {least:.3f} at step {step:,.0f}", curve, look, marked=(step, least))
 
 
 def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:

@@ -7,6 +7,7 @@ import math
 import random
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from rankwise.errors import DataError
 from rankwise.page import canvas
+from rankwise.page.svg import LEFT, RIGHT, WIDE
 from rankwise.report.report import build_report
 from rankwise.scripts import gradients
 from rankwise.train.gradient_plots import (
@@ -29,8 +31,8 @@ from rankwise.train.gradient_summary import (
     TEXT,
     WINDOW,
     boundaries,
+    by_factor_and_site,
     by_kind,
-    factor_series,
     generate_summary_report,
     gradient_summary,
     read_tables,
@@ -170,7 +172,7 @@ def test_evolution_shows_seven_moments_from_first_to_last(tmp_path: Path, figure
 
 def test_factors_are_drawn_apart(tmp_path: Path, figures: list[Any]) -> None:
     rows = table(30, phased=False)
-    draw_factors(factor_series(rows), tmp_path / "factors.png")
+    draw_factors(by_factor_and_site(rows)[0], tmp_path / "factors.png")
     attention, _, delta = figures[0].axes
     norm = math.sqrt(1 + 4 + 9)
     drawn = labelled(attention, "A").get_ydata()
@@ -179,8 +181,10 @@ def test_factors_are_drawn_apart(tmp_path: Path, figures: list[Any]) -> None:
     assert labelled(attention, "B").get_ydata()[-1] == pytest.approx(0.8 * norm)
     assert labelled(delta, "MLP").get_ydata()[10] == pytest.approx(math.sqrt(3) * 1.0)
     with pytest.raises(DataError, match="no LoRA site"):
-        draw_factors(factor_series([SiteNorm(1, "lm_head", "language", "head", None, 1.0)]), tmp_path / "no.png")
-    assert factor_series(rows).steps == list(range(1, 31))
+        draw_factors(
+            by_factor_and_site([SiteNorm(1, "lm_head", "language", "head", None, 1.0)])[0], tmp_path / "no.png"
+        )
+    assert by_factor_and_site(rows)[0].steps == list(range(1, 31))
 
 
 def test_phases_are_marked_in_the_loss_too(tmp_path: Path, figures: list[Any]) -> None:
@@ -227,8 +231,17 @@ def test_phases_lie_at_one_place_in_all_pictures_of_a_run(tmp_path: Path, figure
     gradients.plot_layer_heatmap(tmp_path)
     marked = [vertical_lines(figure.axes[0]) for figure in figures]
     drawn = [lines for lines in marked if lines]
-    assert len(drawn) == 4 + 3, "loss, norms, heatmap and factors in the report; the scripts' three"
+    assert len(drawn) == 2 + 3, "heatmap and factors in the report; the scripts' three"
     assert all(lines == [10.5, 20.5] for lines in drawn)
+    for name, first in (("00_training_loss.svg", 1), ("01_gradient_norms.svg", 5)):
+        assert shaded(tmp_path / "report_files" / name, first, 30) == pytest.approx([first, 10.5, 20.5], abs=0.01)
+
+
+def shaded(svg: Path, first: float, last: float) -> list[float]:
+    """Steps at which the bands of phases begin, in curves from one step to another."""
+    bands = [one for one in ElementTree.parse(svg).iter() if one.find("{*}title") is not None]
+    share = [(float(one.attrib["x"]) - LEFT) / (WIDE - RIGHT - LEFT) for one in bands]
+    return [first + part * (last - first) for part in share]
 
 
 def vertical_lines(axis: Any) -> list[float]:
@@ -281,7 +294,7 @@ def test_the_report_shows_tables_that_another_program_left(tmp_path: Path) -> No
     (run / "phases.csv").write_text("step,phase,sites,parameters\n1,both,6,1\n11,mlp,3,1\n21,attention,3,1\n")
     page = build_report(run).with_suffix(".md").read_text()
     for name in NAMES:
-        assert page.count(f"{name}.png") == 1
+        assert page.count(f"{name}.svg" if name == "gradient_norms" else f"{name}.png") == 1
     assert "| MLP | 37.42 |" in page
     assert "Attention to MLP: 0.1 " in page
     plot_gradients(run)
