@@ -22,7 +22,7 @@ from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, options_of, typed_values, unknown
 from rankwise.options.flags import build_parser, parse_flags
-from rankwise.options.help import bold, help_text
+from rankwise.options.help import HELPS, bold, help_text
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
 from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
@@ -31,7 +31,6 @@ RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # of a path where nothing can be looked for, or made
-HELPS = ("-h", "--help", "--help-all", "--help_all")
 FILE_NOTE = "A YAML, JSON or TOML file of these options, or a recipe with this command, may come first; flags win."
 TRAINER_NOTE = (
     "Options of transformers.TrainingArguments are taken too, such as --learning_rate, --num_train_epochs, "

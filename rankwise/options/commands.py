@@ -436,6 +436,30 @@ class BundleConfig(Options):
     seed: int = seeded(42, help="random seed of the reference")
 
 
+@dataclass(frozen=True)
+class SchemaConfig(Options):
+    """Print the JSON Schema of a command's config files, or of recipes, for editors.
+
+    rankwise schema -o recipe.schema.json
+    """
+
+    command: list[str] = option([], commas=False, help="command whose config files it describes [recipes]")
+    out: str | None = output(help="file to write [standard output]", path="file")
+
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class CompletionConfig(Options):
+    """Print a script that lets the shell complete commands, options, choices and files.
+
+    rankwise completion bash
+    """
+
+    shell: str | None = option(choices=SHELLS, help="shell that completes")
+
+
 FILES = ("auto", "adapter", "merged", "export", "bundle")
 
 

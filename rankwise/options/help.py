@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from rankwise.options.field import GROUPS, Option
 from rankwise.options.flags import spellings
 
+HELPS = ("-h", "--help", "--help-all", "--help_all")
 NARROWEST, WIDEST = 40, 120  # longer lines are hard to read
 
 

@@ -32,6 +32,7 @@ PACKAGED = Path(__file__).parents[1] / "recipes"
 DEFAULT_RUNS = Path("runs")
 KEYS = ("extends", "name", "description", "variables", "stages")
 STAGE_KEYS = ("name", "command", "nproc", "config")  # of a stage; the others are options of its command
+GROUPED = (dict, list)
 PIPELINES = ("run", "batch", "demo")  # commands that run recipes themselves
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -111,9 +112,16 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises UsageError, naming file and stage: unknown keys, commands or variables, stages of one name.
     """
     content = read_content(path)
-    defaults = content.get("variables") or {}
-    if not isinstance(defaults, dict) or "run" in defaults:
+    defaults = {} if content.get("variables") is None else content["variables"]
+    if (
+        not isinstance(defaults, dict)
+        or "run" in defaults
+        or any(isinstance(one, GROUPED) for one in defaults.values())
+    ):
         raise UsageError(f"{path}: variables: must be a mapping from names to defaults (`run` is the run folder)")
+    for key in ("name", "description"):
+        if isinstance(content.get(key), GROUPED):
+            raise UsageError(f"{path}: {key}: expected text, got {content[key]!r}")
     variables = resolve_variables(defaults, run, str(path))
     rows = content.get("stages")
     if not isinstance(rows, list) or not rows:
@@ -193,7 +201,7 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
         raise unknown(command, [name for name in COMMANDS if name not in PIPELINES], where, "command")
     name = str(row.get("name", command))
     options = {
-        key: substitute(value, variables, f"{where}: stage {name}: {key}")
+        str(key): substitute(value, variables, f"{where}: stage {name}: {key}")
         for key, value in row.items()
         if key not in STAGE_KEYS
     }

@@ -88,6 +88,10 @@ COMMANDS = {
     "features downstream": Command("MORE", "features.downstream", features.DownstreamConfig(), ("model_name",)),
     "run": Command("MORE", "pipeline.run", commands.RunConfig(), ("recipe",), takes_file=False),
     "batch": Command("MORE", "pipeline.batch", commands.BatchConfig(), ("recipes",), takes_file=False, repeated=True),
+    "schema": Command(
+        "MORE", "pipeline.schema", commands.SchemaConfig(), ("command",), takes_file=False, repeated=True
+    ),
+    "completion": Command("MORE", "pipeline.completion", commands.CompletionConfig(), ("shell",), takes_file=False),
     "tiny": Command("MORE", "demo.tiny", commands.TinyConfig()),
     "demo": Command("MORE", "demo.command", commands.DemoConfig()),
     "doctor": Command("MORE", "doctor.command", commands.DoctorConfig(), takes_file=False, standalone=True),
