@@ -41,6 +41,8 @@ GUIDES = {  # how-to pages of commands whose name is not the page's
     "report": "recipes",
     "compare": "recipes",
     "tiny": "android",
+    "schema": "shell",
+    "completion": "shell",
 }
 
 

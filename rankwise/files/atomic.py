@@ -223,6 +223,15 @@ def write_text(path: Path | str, text: str) -> Path:
     return Path(path)
 
 
+def write_or_print(path: str | None, text: str) -> None:
+    """Write the text, and say where; print it where no path is given."""
+    about_to_write()
+    if path:
+        print(f"wrote {write_text(path, text)}")
+    else:
+        print(text, end="")
+
+
 def write_json(path: Path | str, content: Any) -> Path:
     """Write JSON atomically; returns the path. A file of a format of our own is a `document.Document`."""
     return write_text(path, json_text(content))

@@ -454,10 +454,11 @@ SHELLS = ("bash", "zsh", "fish")
 class CompletionConfig(Options):
     """Print a script that lets the shell complete commands, options, choices and files.
 
-    rankwise completion bash
+    rankwise completion bash -o rankwise.bash
     """
 
     shell: str | None = option(choices=SHELLS, help="shell that completes")
+    out: str | None = output(help="file to write [standard output]", path="file")
 
 
 FILES = ("auto", "adapter", "merged", "export", "bundle")

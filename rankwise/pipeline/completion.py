@@ -12,7 +12,7 @@ from typing import Any
 import shtab
 
 from rankwise.errors import UsageError
-from rankwise.files.atomic import about_to_write
+from rankwise.files.atomic import write_or_print
 from rankwise.options.commands import SHELLS, CompletionConfig
 from rankwise.options.field import Option
 from rankwise.options.flags import spellings
@@ -33,12 +33,11 @@ def check(config: CompletionConfig) -> None:
 
 
 def run(config: CompletionConfig) -> None:
-    about_to_write()
-    print(shtab.complete(parser_of_all(str(config.shell)), str(config.shell)))
+    write_or_print(config.out, shtab.complete(parser_of_all(str(config.shell)), str(config.shell)) + "\n")
 
 
 def describe(config: CompletionConfig) -> list[str]:
-    return [f"print a completion script for {config.shell}"]
+    return [f"make a completion script for {config.shell}"]
 
 
 def parser_of_all(shell: str) -> ArgumentParser:

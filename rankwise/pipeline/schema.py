@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from rankwise.files.atomic import about_to_write, write_text
+from rankwise.files.atomic import write_or_print
 from rankwise.options.commands import SchemaConfig
 from rankwise.options.field import unknown
 from rankwise.options.schema import (
@@ -31,12 +31,7 @@ WORD: Schema = SCALAR | {"type": [*SCALAR["type"], "null"]}
 
 
 def run(config: SchemaConfig) -> None:
-    schema = schema_text(schema_of(" ".join(config.command)))
-    about_to_write()
-    if config.out:
-        print(f"wrote {write_text(config.out, schema)}")
-    else:
-        print(schema, end="")
+    write_or_print(config.out, schema_text(schema_of(" ".join(config.command))))
 
 
 def check(config: SchemaConfig) -> None:
