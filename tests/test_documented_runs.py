@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from documented import DOCS, Line, lines
 from documented_world import TINYLLAMA, made, shrunk
+from installs import unasked
 from test_android_recipe import can_convert
 
 from rankwise import cli
@@ -63,10 +64,12 @@ def why_not(line: Line, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     words, variables = shrunk(line)
     if line.words[0] == "train":  # the page shows other ways to the same folder
         shutil.rmtree(cli.resolve("train", words[1:])[0].output_dir, ignore_errors=True)
-    with monkeypatch.context() as environment:
+    with monkeypatch.context() as environment, unasked(environment) as late:
         for name, value in variables.items():
             environment.setenv(name, value)
         code = main(words)
+    if late:
+        return f"{line.text}\n    needs {', '.join(late)}, and did not ask for it before it read anything"
     said = capsys.readouterr().err
     missed = code == 6 and "below --min_accuracy" in said  # of a random model
     return "" if code == 0 or missed else f"{line.text}\n    exit {code}: {said.strip()[-600:]}"

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError, need
-from rankwise.options.field import flatten
+from rankwise.options.field import INPUTS, flatten, options_of
 from rankwise.options.sections import is_harness
 from rankwise.pipeline.idle import Told, hands_off
+from rankwise.pipeline.table import COMMANDS
 
 DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
 READING = (*TRAINERS, "ranks", "advise", "check", "evaluate", "merge", "study", "validate", "bundle")
 LLAMA = ("validate", "bundle")
+NAMED = "inputs"  # among what the rows below are told: everything that is to be read
+ROWS = ("*.json", "*.jsonl", "*.csv")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,31 @@ def on(name: str) -> Callable[[Told], bool]:
     return lambda told: bool(told.get(name))
 
 
-def ends(name: str, suffix: str) -> Callable[[Told], bool]:
-    return lambda told: str(told.get(name) or "").endswith(suffix)
+def inputs_of(config: Any) -> list[str]:
+    """What is given to the options that name something to read."""
+    given = [item.default for item in options_of(config) if item.path in INPUTS and item.default]
+    return [str(name) for value in given for name in (value if isinstance(value, list) else [value])]
+
+
+def reads(suffix: str) -> Callable[[Told], bool]:
+    return lambda told: any(name.lower().endswith(suffix) for name in told[NAMED])
+
+
+def opens_7z(told: Told) -> bool:
+    """A .7z file, a folder with such a file and no rows beside it, or SAMSum's official file, which is one."""
+    folders = [Path(name) for name in told[NAMED] if Path(name).is_dir()]
+    packed = any(holds(folder, "*.7z") and not holds(folder, *ROWS) for folder in folders)
+    return reads(".7z")(told) or packed or (bool(told.download) and told.task == "samsum")
+
+
+def holds(folder: Path, *patterns: str) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def asks_a_data_set(told: Told) -> bool:
+    """Pictures saved by `datasets`, or on the hub, where this name may have `:SPLIT` behind it."""
+    folder = Path(str(told.images or "").partition(":")[0])
+    return bool(told.images) and (not folder.exists() or holds(folder, "dataset_info.json", "dataset_dict.json"))
 
 
 def reports_to(tracker: str) -> Callable[[Told], bool]:
@@ -137,14 +164,18 @@ EXTRAS = (
     Extra("gguf", LLAMA, "the command", reads_gguf, "[device]"),
     Extra("xllamacpp", LLAMA, "llama.cpp", runs_llama_cpp, "[device]", "--server ADDRESS"),
     Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
-    Extra("py7zr", READING, "a .7z file", ends("data_path", ".7z"), "[data]"),
-    Extra("pyarrow.parquet", ("features capture",), "a parquet file", ends("images", ".parquet"), "[data]"),
+    Extra("scipy.stats", ("features compare", "features downstream"), "the command", brings="[eval]"),
+    Extra("py7zr", READING, "a .7z file", opens_7z, "[data]"),
+    Extra("pyarrow.parquet", tuple(COMMANDS), "a parquet file", reads(".parquet"), "[data]"),
+    Extra("datasets", ("features capture",), "a data set", asks_a_data_set, "[data]"),
+    Extra("gguf", tuple(COMMANDS), "a GGUF file", reads(".gguf"), "[device]"),
 )
 
 
 def require_extras(command: str, config: Any) -> None:
     """UsageError naming the extra, or the package, of the first module that the options ask for and that is missing."""
     told = Told(flatten(config))
+    told[NAMED] = inputs_of(config)
     for extra in EXTRAS:
         if command in extra.commands and extra.asked(told):
             extra.require()

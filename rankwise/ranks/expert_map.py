@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankwise.core.site import Site, from_row, layer_of
 from rankwise.errors import DataError, need
 from rankwise.files.document import Document
@@ -167,7 +169,7 @@ def plot_expert_map(content: Mapping[str, Any], path: Path | str) -> Path:
     figure, axis = canvas.new_figure(*size)
     known = [value for row in grid for value in row if value == value]
     norm = need("matplotlib.colors", extra="plots").LogNorm(min(0.5, *known), max(2.0, *known))
-    masked = need("numpy.ma", extra="plots").masked_invalid(grid)
+    masked = np.ma.masked_invalid(grid)
     image = axis.imshow(masked, cmap=canvas.colormap(), norm=norm, aspect="auto", interpolation="nearest")
     shown = range(0, len(owners), -(-len(owners) // 24))
     axis.set_xticks(list(shown), [column_name(owners, layers, place) for place in shown])

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -160,7 +161,7 @@ def draw_heatmap(
     figure, axis = canvas.new_figure(width, 1.25 + 0.34 * max(2, len(names)))
     nothing = float("nan")
     grid = [[cells.get((name, layer), nothing) for layer in layers] for name in names]
-    masked = need("numpy.ma", extra="plots").masked_invalid([[v if v > 0 else nothing for v in row] for row in grid])
+    masked = np.ma.masked_invalid([[v if v > 0 else nothing for v in row] for row in grid])
     image = axis.imshow(masked, cmap=canvas.colormap(), norm=norm, aspect="auto", interpolation="nearest")
     if (width - 2.6) / max(1, len(layers)) >= LEAST_WIDTH_FOR_TEXT:
         texts = [[text(value) if value == value else "" for value in row] for row in grid]

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankwise.errors import DataError, need
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Folded, Plot, drawn, into, pictures
@@ -59,7 +61,7 @@ def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[fl
     binned = {kind: binned_columns(table.steps, one.curves) for kind, one in kinds.items()}
     values = [v for _, grid in binned.values() for row in grid for v in row if v > 0]
     norm = need("matplotlib.colors", extra="plots").LogNorm(min(values, default=1.0), max(values, default=10.0))
-    masked = need("numpy.ma", extra="plots").masked_invalid
+    masked = np.ma.masked_invalid
     for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
         edges, grid = binned[kind]
         rows = [i - 0.5 for i in range(len(one.names) + 1)]
@@ -258,7 +260,7 @@ def plot_routing(routings: Sequence[Routing], path: Path | str) -> Path:
     count, most = len(routings), max(len(one.seen) for one in routings)
     figure, (axis,) = canvas.panels(7.2, max(1.7, min(6.0, 0.16 * count + 1.1)))
     grid = [positive(one.seen) + [NAN] * (most - len(one.seen)) for one in routings]
-    masked = need("numpy.ma", extra="plots").masked_invalid
+    masked = np.ma.masked_invalid
     edges = ([i - 0.5 for i in range(size + 1)] for size in (most, count))
     image = axis.pcolormesh(*edges, masked(grid), cmap=canvas.colormap(), vmin=0, vmax=1, edgecolors="white", lw=0.3)
     axis.grid(False)

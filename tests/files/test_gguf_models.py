@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from exported import TEXTS
+from installs import hide_modules
 from safetensors.torch import load_file
-from test_extras import hide_modules
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

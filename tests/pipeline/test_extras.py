@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import installs
 import pytest
+from installs import answer_needs, hide_modules
 from tiny import tiny_llama
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-import rankwise
 from rankwise import cli
+from rankwise.errors import RankwiseError, UsageError
 from rankwise.pipeline.extras import EXTRAS, TRACKERS, require_extras
 from rankwise.pipeline.idle import Told
-from rankwise.pipeline.table import COMMANDS
-
-
-def hide_modules(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None:
-    """Makes modules unimportable, as on an install without them."""
-
-    class Without(PathFinder):
-        @classmethod
-        def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-            return None if name.split(".")[0] in names else super().find_spec(name, path, target)
-
-    for loaded in [name for name in sys.modules if name.split(".")[0] in names]:
-        monkeypatch.delitem(sys.modules, loaded)
-    finders = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-    monkeypatch.setattr(sys, "meta_path", finders)
+from rankwise.pipeline.recipe import PIPELINES
+from rankwise.pipeline.table import COMMANDS, stage_of
 
 
 @pytest.fixture
@@ -45,9 +32,10 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder where the paths of the lines below exist, with nothing in them: reading any would be exit 3."""
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "tuned", "run", "other", "photos", "export", "cache"):
+    for name in ("base", "tuned", "run", "other", "photos", "export", "cache", "packed", "saved"):
         (tmp_path / name).mkdir()
-    for name in ("rows.csv", "rows.7z", "photos.parquet", "base/config.json"):
+    files = "rows.csv rows.7z rows.parquet photos.parquet model.gguf base/config.json packed/corpus.7z"
+    for name in (*files.split(), "saved/dataset_info.json"):
         (tmp_path / name).write_text("")
     return tmp_path
 
@@ -75,6 +63,15 @@ LINES = [
     (f"{TRAIN} --load_in_8bit", "bitsandbytes", "quant"),
     (f"{TRAIN} --download", "pooch", "data"),
     ("train --model_name base --task samsum --data_path rows.7z", "py7zr", "data"),
+    ("train --model_name base --task samsum --data_path packed", "py7zr", "data"),
+    ("check --task samsum --data_path new --download", "py7zr", "data"),
+    ("ranks base tuned --no_plots --gain rows.7z", "py7zr", "data"),
+    ("check --task conversations --data_path rows.parquet", "pyarrow", "data"),
+    ("evaluate base --task conversations --data_path rows.parquet", "pyarrow", "data"),
+    ("label --labels_file rows.parquet", "pyarrow", "data"),
+    ("check --task e2e_nlg --data_path rows.csv --model_name model.gguf", "gguf", "device"),
+    ("ranks model.gguf tuned --no_plots", "gguf", "device"),
+    ("merge run --base_model model.gguf", "gguf", "device"),
     ("evaluate base --task e2e_nlg --data_path rows.csv", "sacrebleu", "eval"),
     ("evaluate base --task lm_eval:arc", "lm_eval", "harness"),
     ("evaluate base --task e2e_nlg --data_path rows.csv --engine vllm", "vllm", "vllm"),
@@ -83,6 +80,10 @@ LINES = [
     ("bundle export", "xllamacpp", "device"),
     ("label photos", "openai", "label"),
     ("features capture photos.parquet --model base", "pyarrow", "data"),
+    ("features capture saved --model base", "datasets", "data"),
+    ("features capture org/name:train --model base", "datasets", "data"),
+    ("features compare --no_plots", "scipy", "eval"),
+    ("features downstream base --data_path rows.csv --no_plots", "scipy", "eval"),
     ("study --model_name base --task e2e_nlg --data_path rows.csv", "scipy", "eval"),
     ("advise base rows.csv --task e2e_nlg", "scipy", "eval"),
     ("advise base rows.7z --task samsum", "py7zr", "data"),
@@ -158,11 +159,83 @@ def test_commands_without_the_trainer_refuse_trackers_in_a_sentence(
     assert "`rankwise train` and `rankwise finetune` report to trackers" in capsys.readouterr().err
 
 
-def test_the_table_names_commands_and_extras_that_exist() -> None:
-    text = (Path(rankwise.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+def test_the_table_names_commands_that_exist_and_extras_that_bring_the_module() -> None:
     for extra in EXTRAS:
         assert set(extra.commands) <= set(COMMANDS)
-        assert not extra.brings.startswith("[") or f"\n{extra.brings[1:-1]} = [" in text
+        if extra.brings.startswith("["):
+            assert extra.module.split(".")[0] in installs.modules(frozenset({extra.brings[1:-1]})), extra
+            assert extra.module.split(".")[0] in installs.missing(), f"{extra.module} is in the base install"
+
+
+def test_every_optional_import_is_brought_by_what_it_names_and_asked_for_first() -> None:
+    """Or is one that commands do without, and say so."""
+    found = list(installs.needs())
+    asked = {extra.module.split(".")[0] for extra in EXTRAS}
+    asked |= {module.split(".")[0] for _, function, module, _ in found if function.startswith("check")}
+    assert len(found) > 50
+    for place, _, module, brings in found:
+        top = module.split(".")[0]
+        extra = brings in installs.EXTRAS
+        assert not extra or top in installs.modules(frozenset({brings})), f"{place}: [{brings}] has no {top}"
+        assert top not in installs.modules(), f"{place}: {top} is in the base install"
+        assert top in asked | installs.DONE_WITHOUT, f"{place}: nothing asks for {top} before it is needed"
+
+
+PLAIN = """
+advise base rows.csv --task e2e_nlg
+compress run --energy 0.9
+merge run --base_model base
+extract base tuned --rank 2
+features train --features cache --arch MLP --rank 2
+card run
+demo
+demo --vision
+demo --experts
+ranks diff rows.csv rows.csv
+report run
+tiny
+run quickstart
+batch quickstart demo
+label photos
+label photos --loopback_teacher --votes 3
+evaluate base --forget rows.csv
+validate --reference base --task labels --data_path rows.csv --write_cases out
+bundle --replay export
+""".strip().splitlines()
+PLAIN += [f"evaluate base --data_path rows.csv --task {task}" for task in ("samsum", "wikisql", "labels", "cota")]
+PLAIN += [f"validate export --data_path rows.csv --task {task}" for task in ("samsum", "wikisql", "labels")]
+READY = [*PLAIN, *(line for line, _, brings in LINES if " " not in brings)]
+
+
+def lacking(command: str, config: Any, extras: set[str]) -> str:
+    """The extra that the command asks for on an install with these ones; "" where it is ready to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        answer_needs(patch, extras)
+        try:
+            require_extras(command, config)
+            for check in ("check", "check_installed", "ready"):
+                getattr(stage_of(command), check, lambda _: None)(config)
+        except UsageError as error:
+            named = re.search(r"it comes with: pip install 'rankwise\[(\w+)\]'", str(error))
+            return named[1] if named else ""
+        except RankwiseError:  # of what is to be read
+            return ""
+    return ""
+
+
+@pytest.mark.parametrize("line", READY)
+def test_on_every_set_of_extras_a_command_is_ready_or_names_what_makes_it_so(line: str, here: Path) -> None:
+    """{base, base + each extra}: what is named is not there yet, and with all that is named the command is ready."""
+    command, rest = cli.split_command(line.split())
+    config, _ = cli.resolve(command, rest)
+    ready: dict[str, set[str]] = {}
+    for start in ("", *installs.EXTRAS) if command not in PIPELINES else ("",):
+        extras = {start} - {""}
+        while extra := lacking(command, config, extras):
+            assert extra not in extras, f"{extra} is named on an install that has it"
+            extras.add(extra)
+        ready[start] = extras - {start}
+        assert ready[start] <= ready[""], f"with [{start}] more is asked for than without"
 
 
 def test_a_plain_line_needs_nothing(hide: Any, here: Path) -> None:

@@ -49,7 +49,8 @@ def _loaded(text: str, mmproj: str, threads: int) -> tuple[Any, Any]:
 
 
 def _bindings() -> tuple[Any, Any]:
-    return need("llama_cpp", extra="device"), need("llama_cpp.mtmd_cpp", extra="device")
+    brings = "llama-cpp-python"
+    return need("llama_cpp", "", brings), need("llama_cpp.mtmd_cpp", "", brings)
 
 
 def _embedded(model: Any, context: Any, picture: Image.Image) -> NDArray[np.float32]:
