@@ -9,6 +9,7 @@ import errno
 import importlib
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -30,6 +31,7 @@ from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command,
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
+VERSION, VERBOSE = {"-V", "--version"}, {"-v", "--verbose"}
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # of a path where nothing can be looked for, or made
 FILE_NOTE = "A YAML, JSON or TOML file of these options, or a recipe with this command, may come first; flags win."
 TRAINER_NOTE = (
@@ -202,6 +204,16 @@ def mark_unknown(elsewhere: set[str], found: re.Match[str]) -> str:
     return f"{found[1]} (no option here)" if found[1].replace("-", "_") in elsewhere else found[0]
 
 
+def version_text(*, verbose: bool) -> str:
+    """The package's version; verbose: also Python's and those of the libraries that results depend on."""
+    lines = [f"rankwise {__version__}"]
+    if verbose:
+        versions = importlib.import_module("rankwise.files.versions")
+        lines += [f"Python {platform.python_version()} on {platform.platform()}"]
+        lines += [f"{name} {found}" for name, found in versions.installed(versions.SHOWN).items()]
+    return "\n".join(lines)
+
+
 def answer_help(words: Sequence[str]) -> bool:
     """Whether the line asks for help or the version only, which is then printed."""
     if words[:1] == ["help"]:
@@ -214,8 +226,8 @@ def answer_help(words: Sequence[str]) -> bool:
             print(group_overview(asked[0]))
         else:
             print(command_help(split_command(asked)[0], whole=not {*words}.isdisjoint(HELPS[2:])))
-    elif words[0] in ("-V", "--version"):
-        print(f"rankwise {__version__}")
+    elif set(words) <= {*VERSION, *VERBOSE} and not VERSION.isdisjoint(words):
+        print(version_text(verbose=not VERBOSE.isdisjoint(words)))
     else:
         return False
     return True

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.data.dataset import pad
 from rankwise.errors import DataError
 from rankwise.evaluate import bootstrap
-from rankwise.evaluate.predictions import EvaluationResult, installed
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.processes import gathered, own_share
+from rankwise.files.versions import LIBRARIES, installed
 from rankwise.page.progress import progress
 
 FILE = "forgetting.json"
 TASK = "forgetting"
-LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 LINES = (".jsonl", ".ndjson")
 METRICS = ("kl", "perplexity_base", "perplexity_adapted", "perplexity_ratio")
 Logits = Callable[[Tensor, Tensor], Tensor]

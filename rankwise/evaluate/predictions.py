@@ -8,7 +8,6 @@ evaluation_results.json      `EvaluationResult`: metrics, 95 % intervals, how th
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -109,17 +108,6 @@ class EvaluationResult(Mapping[str, float]):
         content = RESULTS.read(path)
         intervals = {name: (low, high) for name, (low, high) in content.pop("intervals_95").items()}
         return cls(**content, intervals=intervals)
-
-
-def installed(names: Sequence[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 @dataclass(frozen=True)

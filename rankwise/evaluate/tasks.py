@@ -13,8 +13,9 @@ from rankwise.data.example import Example, Examples, one_per_prompt
 from rankwise.data.sources.load import BY_DEFAULT, load
 from rankwise.evaluate.classify import ByLikelihood, label_set
 from rankwise.evaluate.generate import Answering, Generator
-from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, installed, predict
+from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, predict
 from rankwise.files.processes import process_index
+from rankwise.files.versions import installed
 from rankwise.options.field import unknown
 from rankwise.options.sections import CLASSIFY, DataSection
 

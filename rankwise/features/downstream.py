@@ -18,7 +18,6 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.command import model_facts
 from rankwise.evaluate.engines import add_depth, renderer_of, subject
-from rankwise.evaluate.predictions import installed
 from rankwise.features.answers import (
     Answers,
     Questions,
@@ -44,6 +43,7 @@ from rankwise.files.atomic import fingerprint, write_text
 from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.files.processes import process_index
 from rankwise.files.run_folder import RunFolder
+from rankwise.files.versions import LIBRARIES, installed
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.features import DownstreamConfig
 from rankwise.options.sections import ScoredData
@@ -51,7 +51,6 @@ from rankwise.page.blocks import into, lines
 from rankwise.page.template import markdown
 
 CONFIG, STAGE = "resolved_config.downstream.json", "features downstream"
-LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 CROSSED = "each half of the pictures with a basis from the other half's features"
 
 

@@ -10,7 +10,6 @@ with run.lock(), run.recording("ranks", {"pretrained": base, "finetuned": tuned}
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from rankwise.files.document import Document
 from rankwise.files.gguf import SOURCE
 from rankwise.files.monitor import PeakMemory
 from rankwise.files.processes import process_index
+from rankwise.files.versions import versions
 from rankwise.options.field import flatten
 
 SECRET = re.compile(r"api_?key|password|secret|(access|hf|hub|auth)_token", re.IGNORECASE)
@@ -57,7 +56,6 @@ if sys.platform != "win32":
 LOCK, HOLDER = ".rankwise.lock", ".rankwise.lock.json"
 CONFIG, MANIFEST = "resolved_config.json", "manifest.json"
 STAGES = Document(MANIFEST, "rankwise-manifest/1", "a manifest")
-LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 Inputs = Mapping[str, Path | str | None]
 
 
@@ -251,18 +249,6 @@ def process_peaks() -> dict[str, int]:
     if torch.cuda.is_available():
         peaks["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peaks
-
-
-@cache
-def versions() -> dict[str, str | None]:
-    """Installed versions of the libraries that results depend on; None where one is absent."""
-    found: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def remove_empty(folders: Sequence[Path]) -> None:

@@ -163,7 +163,7 @@ EXTRAS = (
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
     Extra("gguf", LLAMA, "the command", reads_gguf, "[device]"),
     Extra("xllamacpp", LLAMA, "llama.cpp", runs_llama_cpp, "[device]", "--server ADDRESS"),
-    Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
+    *(Extra(name, (*READING, "label"), "--download", on("download"), "[data]") for name in ("pooch", "requests")),
     Extra("scipy.stats", ("features compare", "features downstream"), "the command", brings="[eval]"),
     Extra("py7zr", READING, "a .7z file", opens_7z, "[data]"),
     Extra("pyarrow.parquet", tuple(COMMANDS), "a parquet file", reads(".parquet"), "[data]"),

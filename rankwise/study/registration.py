@@ -15,7 +15,7 @@ from typing import Any
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import digest, read_if_there, write_json
 from rankwise.files.document import Document, append_lines, as_plain, finished_lines, read_lines
-from rankwise.files.run_folder import versions
+from rankwise.files.versions import versions
 
 PREREGISTRATION = Document("preregistration.json", "rankwise-preregistration/1", "a preregistration", "rankwise study")
 ITEMS = Document(

@@ -182,7 +182,6 @@ def test_every_optional_import_is_brought_by_what_it_names_and_asked_for_first()
 
 
 PLAIN = """
-advise base rows.csv --task e2e_nlg
 compress run --energy 0.9
 merge run --base_model base
 extract base tuned --rank 2
@@ -196,7 +195,6 @@ report run
 tiny
 run quickstart
 batch quickstart demo
-label photos
 label photos --loopback_teacher --votes 3
 evaluate base --forget rows.csv
 validate --reference base --task labels --data_path rows.csv --write_cases out
