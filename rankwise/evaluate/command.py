@@ -141,6 +141,7 @@ def check_engine(config: EvaluateConfig) -> None:
 
 def check_installed(config: EvaluateConfig) -> None:
     """UsageError naming the extra, before a model is loaded and hours are spent."""
+    config = settle(config)
     if config.engine == "vllm":
         part("vllm_engine").check_installed()
     if is_harness(config.data.task):

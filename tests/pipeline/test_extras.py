@@ -37,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = "rows.csv rows.7z rows.parquet photos.parquet model.gguf base/config.json packed/corpus.7z"
     for name in (*files.split(), "saved/dataset_info.json"):
         (tmp_path / name).write_text("")
+    (tmp_path / "texts.csv").write_text("mr,ref\n")
     return tmp_path
 
 
@@ -73,6 +74,7 @@ LINES = [
     ("ranks model.gguf tuned --no_plots", "gguf", "device"),
     ("merge run --base_model model.gguf", "gguf", "device"),
     ("evaluate base --task e2e_nlg --data_path rows.csv", "sacrebleu", "eval"),
+    ("evaluate base --data_path texts.csv", "sacrebleu", "eval"),  # its header shows the task
     ("evaluate base --task lm_eval:arc", "lm_eval", "harness"),
     ("evaluate base --task e2e_nlg --data_path rows.csv --engine vllm", "vllm", "vllm"),
     ("export base", "gguf", "device"),
