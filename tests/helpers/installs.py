@@ -169,4 +169,4 @@ def looped(loops: list[ast.For], function: ast.FunctionDef) -> list[str]:
         if isinstance(node, ast.Assign) and any(isinstance(one, ast.Name) and one.id in named for one in node.targets)
     ]
     found = [node.value for one in within for node in ast.walk(one) if isinstance(node, ast.Constant)]
-    return [text for text in found if isinstance(text, str)]
+    return [text for text in found if isinstance(text, str) and text not in ("all", "none")]  # words of --report_to

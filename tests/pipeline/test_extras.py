@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = "rows.csv rows.7z rows.parquet photos.parquet model.gguf base/config.json packed/corpus.7z"
     for name in (*files.split(), "saved/dataset_info.json"):
         (tmp_path / name).write_text("")
-    (tmp_path / "texts.csv").write_text("mr,ref\n")
+    (tmp_path / "texts.csv").write_text("mr,ref\nname[A],A is here.\n")
     return tmp_path
 
 
