@@ -183,8 +183,8 @@ def command_page(name: str, row: Command) -> str:
             "",
             f"## {group.capitalize()}{f':{about}' * bool(about)}",
             "",
-            "| option | default | |",
-            "|---|---|---|",
+            "| option | |",
+            "|---|---|",
         ]
         lines += map(option_row, items)
     return "\n".join(lines)
@@ -192,9 +192,10 @@ def command_page(name: str, row: Command) -> str:
 
 def option_row(item: Option) -> str:
     names = ", ".join(f"`{flag}`" for flag in spellings(item))
-    default = "" if item.default is None else default_text(item).strip(" []")
+    default = default_text(item).strip(" []")
+    default = f"; default `{default}`" if default else ""
     choices = f": {', '.join(f'`{choice}`' for choice in item.choices)}" if item.choices else ""
-    return f"| {names} | {f'`{default}`' * bool(default)} | {plain(item.help)}{choices}{plain(item.range.shown)} |"
+    return f"| {names} | {plain(item.help)}{choices}{plain(item.range.shown)}{default} |"
 
 
 def plain(text: str) -> str:
