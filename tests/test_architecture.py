@@ -207,7 +207,9 @@ def test_the_tree_in_contributing_is_the_house() -> None:
 
 def test_every_file_that_contributing_or_the_package_names_is_there() -> None:
     """In backticks, whole or from any folder on; `rankwise/scripts` names files of the older scripts."""
-    files = [path for folder in ("rankwise", "tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py")]
+    files = [
+        path for folder in ("rankwise", "tests", "benchmarks", "docs") for path in (REPOSITORY / folder).rglob("*.py")
+    ]
     known = {"/".join(path.parts[-depth:]) for path in files for depth in range(1, 6)}
     texts = [CONTRIBUTING, *(path.read_text(encoding="utf-8") for path in sources() if "scripts" not in path.parts)]
     named = [name for text in texts for name in re.findall(r"`((?:\w+/)*\w+\.py)\b", text)]

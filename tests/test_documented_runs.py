@@ -32,6 +32,7 @@ ELSEWHERE = {  # lines that other tests run: the way of both recipes, running in
         "test_presets.py",
         'call("compare", *runs',
     ),
+    "rankwise doctor": ("test_doctor.py", '"doctor", "--json"'),
     "rankwise demo": ("test_demo.py", '"demo", "--quick"'),
     "rankwise run smolvlm_android --background -o runs/phone": ("test_run_logging.py", '"--background"'),
     "rankwise bundle --replay runs/quickstart/bundle": ("test_bundle.py", '"bundle", "--replay"'),
