@@ -131,6 +131,7 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 SAVED_DELTAS = "deltas.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+IN_PLACE = "hf://"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 HUB_IGNORED = ["*/*", "consolidated*"]
 
@@ -295,12 +296,9 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
         if revision is not None:
             raise UsageError(f"{local} is a local path: a revision applies to hub ids only")
         return unpacked(local) if is_gguf(local) else local
-    if local.is_symlink():
-        raise DataError(
-            f"{local}: a link to {os.readlink(local)}, which is not there; fetch the file or correct the link"
-        )
+    refuse_absent(local)
     name = str(name_or_path)
-    if name.startswith("hf://"):
+    if name.startswith(IN_PLACE):
         raise UsageError(f"{name}: reading a model in place on the hub is not supported; as ORG/NAME it is downloaded")
     if not HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form org/name)")
@@ -309,6 +307,12 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
     if not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, [*wanted, "*.bin"])
     return folder
+
+
+def refuse_absent(path: Path) -> None:
+    """DataError for a link to something that is not there: of hub models no link is made."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there; fetch that or correct the link")
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import is_adapter
+from rankwise.files.adapter import adapter_files, is_adapter
 from rankwise.files.atomic import rehearsal
-from rankwise.files.checkpoint import HUB_ID, resolve
+from rankwise.files.checkpoint import HUB_ID, IN_PLACE, refuse_absent, resolve
 from rankwise.files.gguf import is_gguf, model_in
 from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of, unknown
 from rankwise.options.sections import TASKS
@@ -143,14 +143,19 @@ def require_inputs(options: Sequence[Option], made: Sequence[Path], run: Path | 
 def require_input(item: Option, value: str, *, fetched: bool) -> None:
     """A missing path may be a hub id, or a folder that `--download` fills; of a model's folder the config is asked."""
     path = Path(value)
-    if is_gguf(path) and item.path in MODELS:
+    refuse_absent(path)
+    if is_gguf(path) and item.name == "adapter":
+        adapter_files(path)
+    elif is_gguf(path) and item.path in MODELS:
         model_in(path)
     elif path.exists():
         if item.path == "model" and not (path / "config.json").is_file() and not is_adapter(path):
             raise DataError(f"{path}: no config.json, so this is not a Hugging Face model folder (--{item.name})")
+    elif value.startswith(IN_PLACE) and item.name not in ("data_path", "images"):
+        resolve(value)
     elif item.path == "read":
         raise DataError(f"{value}: no such file or folder (--{item.name}){neighbours(Path(value))}")
-    elif not HUB_ID.fullmatch(value) and not (fetched and item.name in ("data_path", "images")):
+    elif not HUB_ID.fullmatch(value.removeprefix(IN_PLACE)) and not (fetched and item.name in ("data_path", "images")):
         said = f"{value}: no such file or folder, nor a hub id of the form org/name (--{item.name})"
         raise DataError(f"{said}{neighbours(Path(value))}")
 

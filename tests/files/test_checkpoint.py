@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rankwise import cli
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.checkpoint import open_checkpoint, read_entries, resolve
@@ -218,23 +219,32 @@ def test_unclear_folders_say_what_they_hold(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
 
 
-def test_a_link_to_nothing_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_to_nothing_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.gguf").symlink_to(tmp_path / "moved" / "tiny.gguf")
     with pytest.raises(DataError, match=r"models/tiny\.gguf: a link to .*moved/tiny\.gguf, which is not there"):
         resolve("models/tiny.gguf")
+    assert cli.main(["ranks", str(tmp_path / "models" / "tiny.gguf"), "org/tuned"]) == 3
+    assert "a link to" in capsys.readouterr().err
 
 
-def test_a_model_is_not_read_in_place_on_the_hub() -> None:
+def test_a_model_is_not_read_in_place_on_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="as ORG/NAME it is downloaded"):
         resolve("hf://org/name")
+    assert cli.main(["ranks", "hf://org/base", "hf://org/tuned"]) == 2
+    assert "as ORG/NAME it is downloaded" in capsys.readouterr().err
 
 
-def test_a_gguf_is_no_adapter_to_read(tmp_path: Path) -> None:
+def test_a_gguf_is_no_adapter_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lora.gguf").touch()
     with pytest.raises(DataError, match=r"lora\.gguf: a GGUF file; adapters are read as PEFT saves them"):
         adapter_files(tmp_path / "lora.gguf")
+    for words in (["merge"], ["ranks", "--adapter"]):
+        assert cli.main([*words, str(tmp_path / "lora.gguf")]) == 3
+        assert "a GGUF file; adapters are read as PEFT saves them" in capsys.readouterr().err
 
 
 def test_an_unknown_key_names_near_ones(tmp_path: Path) -> None:
