@@ -47,7 +47,7 @@ MARKERS = "os^Dv<>"
 GROUPS_OVER_TIME, MOVING = "gradient_norms", "Gradient norms before clipping, moving average of 5 steps"
 LIGHTEST = 0.88  # of the colour map: the last tenth is too pale for lines on white
 
-Rows = Iterable[Mapping[str, Any]]
+Rows = Iterable[Mapping[str, Any]] | Series
 
 
 def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
@@ -131,10 +131,10 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
     figure, axes = canvas.panels(7.2, 3.4, columns=len(kinds))
     shades = canvas.colormap()
     for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
-        smoothed = [table.smoothed(positive(curve)) for curve in one.curves]
+        curves = [positive(curve) for curve in one.curves]
         for place, moment in enumerate(chosen):
             colour = shades(LIGHTEST * place / max(1, len(chosen) - 1))
-            values = [curve[moment] for curve in smoothed]
+            values = [table.smoothed_at(curve, moment) for curve in curves]
             look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
             axis.plot(range(len(values)), values, label=f"step {table.steps[moment]:,}", **look)
         axis.set_yscale("log")
@@ -236,14 +236,18 @@ def factor_kinds(table: Series) -> list[str]:
 def gradient_plots(tables: GradientTables) -> list[Plot]:
     """Every plot that the tables have numbers for."""
     found: list[Plot] = []
-    if series(tables.groups).filled():
-        draw = partial(plot_gradient_norms, tables.groups, phases=tables.boundaries())
+    if tables.group_curves.filled():
+        draw = partial(plot_gradient_norms, tables.group_curves, phases=tables.boundaries())
         found.append(Plot(GROUPS_OVER_TIME, MOVING, draw))
-    if by_kind(series(tables.layers)):
+    if by_kind(tables.layers):
         heatmap = partial(plot_layer_heatmap, tables.layers, phases=tables.boundaries())
         found += [
             Plot("layer_heatmap", "Gradient norms, layers over steps; white: the layer did not train", heatmap),
-            Plot("layer_comparison", "Mean gradient norm of each layer", partial(plot_layer_comparison, tables.layers)),
+            Plot(
+                "layer_comparison",
+                "Mean gradient norm of each layer",
+                partial(plot_layer_comparison, tables.layers),
+            ),
             Plot("gradient_evolution", "Layers at a few moments", partial(plot_gradient_evolution, tables.layers)),
         ]
     if tables.experts.routings:
@@ -282,7 +286,7 @@ def gradient_blocks(tables: GradientTables) -> list[Block]:
 
 def group_curves(tables: GradientTables) -> list[Block]:
     """The same as `plot_gradient_norms` draws, on a logarithmic scale."""
-    table = series(tables.groups)
+    table = tables.group_curves
     found = table.filled()
     names = [name for name in LINES if name in found and not is_only_group(name, found)]
     lines = []

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rankwise.train.phases import PHASES_TABLE
 LAYER = re.compile(r"(?:(?P<tower>\w+)_)?layer_(?P<number>\d+)_(?P<kind>attention|mlp)")
 WINDOW = 5  # steps of the moving average that the documented plots have
 NAN = float("nan")
+BLANK = (None, "")
 
 Change = tuple[int, str]  # first step of a phase, its name
 Boundary = tuple[float, str]  # where it begins on the axis of steps, its name
@@ -47,6 +49,12 @@ class Series:
     def boundaries(self) -> list[Boundary]:
         """Of the phases as far as the measured steps tell."""
         return boundaries(self.changes(), self.steps)
+
+    def smoothed_at(self, values: Sequence[float], place: int) -> float:
+        """One value of the moving average, from what lies around it."""
+        first, end = max(0, place - 4 * WINDOW), place + 4 * WINDOW + 1
+        part = Series(self.steps[first:end], {}, self.phases[first:end])
+        return part.smoothed(values[first:end])[place - first]
 
     def smoothed(self, values: Sequence[float]) -> list[float]:
         """The moving average, phase by phase; of a short run the values themselves."""
@@ -88,20 +96,18 @@ class Layers:
     curves: list[list[float]]
 
 
-def series(rows: Iterable[Mapping[str, Any]]) -> Series:
-    """The curves of a table's rows. DataError: a step or norm that is not a number."""
+def series(rows: Iterable[Mapping[str, Any]] | Series) -> Series:
+    """The curves of a table's rows; curves as they are. DataError: a step or norm that is not a number."""
+    if isinstance(rows, Series):
+        return rows
     kept = list(rows)
     names = dict.fromkeys(name for row in kept for name in row if name not in ("step", "phase"))
     try:
         steps = [int(row["step"]) for row in kept]
-        columns = {name: [cell(row.get(name)) for row in kept] for name in names}
+        columns = {name: [NAN if (v := row.get(name)) in BLANK else float(v) for row in kept] for name in names}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"gradient norms: expected a step and numbers or blanks in every row: {error!r}") from error
     return Series(steps, columns, [str(row.get("phase") or "") for row in kept])
-
-
-def cell(value: Any) -> float:
-    return NAN if value in (None, "") else float(value)
 
 
 def by_kind(table: Series) -> dict[str, Layers]:
@@ -151,21 +157,26 @@ def positive(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class GradientTables:
-    """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors.
+    """What a run folder says of gradient norms: rows of the table by group, curves of the one by layer and of the LoRA
+    factors.
 
     phases: of `phases.csv`, which knows each step; without it they are read off the steps that were measured.
     sites: path → mean norm of the recorded steps at which the site trained.
     """
 
     groups: Sequence[Mapping[str, Any]]
-    layers: Sequence[Mapping[str, Any]]
+    layers: Series
     factors: Series
     phases: Sequence[Change] = ()
     experts: ExpertRecord = field(default_factory=ExpertRecord)
     sites: Mapping[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def group_curves(self) -> Series:
+        return series(self.groups)
+
     def boundaries(self) -> list[Boundary]:
-        return boundaries(self.phases) if self.phases else series(self.groups).boundaries()
+        return boundaries(self.phases) if self.phases else self.group_curves.boundaries()
 
 
 def read_tables(folder: Path) -> GradientTables | None:
@@ -174,12 +185,13 @@ def read_tables(folder: Path) -> GradientTables | None:
     factors, sites = by_factor_and_site(stored(long) if long.is_file() else ())
     phases = read_phases(folder / PHASES_TABLE) if (folder / PHASES_TABLE).is_file() else []
     if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
-        rows = read_rows(folder / GROUPS), read_rows(folder / LAYERS)
-        return GradientTables(*rows, factors, phases, read_experts(folder), sites)
+        groups, layers = read_rows(folder / GROUPS), read_rows(folder / LAYERS)
+        curves_of(folder / GROUPS, groups)
+        return GradientTables(groups, curves_of(folder / LAYERS, layers), factors, phases, read_experts(folder), sites)
     if not long.is_file():
         return None
     found = views(stored(long))
-    return GradientTables(found.groups, found.layers, factors, phases, read_experts(folder), sites)
+    return GradientTables(found.groups, series(found.layers), factors, phases, read_experts(folder), sites)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -187,11 +199,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(file))
     if rows and "step" not in rows[0]:
         raise DataError(f"{path}: no column `step`; a table of gradient norms has one row per step")
+    return rows
+
+
+def curves_of(path: Path, rows: Iterable[Mapping[str, Any]]) -> Series:
+    """Of the rows of this file, which an error names."""
     try:
-        series(rows)
+        return series(rows)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return rows
 
 
 def by_factor_and_site(rows: Iterable[SiteNorm]) -> tuple[Series, dict[str, float]]:
@@ -234,8 +250,10 @@ def write_summary(tables: GradientTables, folder: Path) -> list[Path]:
     return [write_text(folder / TEXT, f"{text}\n"), write_json(folder / JSON, found)]
 
 
-def gradient_summary(groups: Iterable[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers, from rows of the two documented tables.
+def gradient_summary(
+    groups: Iterable[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]] | Series
+) -> dict[str, Any]:
+    """The numbers, from rows of the two documented tables (of layers their curves will do).
 
     groups: mean, std, max, min, peak_step of each. attention_to_mlp_ratio: of the mean norms over the steps at which
     both train (None where they never do). clipped_steps: share of steps whose norm was above the limit. phases: name,
