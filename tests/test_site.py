@@ -5,22 +5,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from documented import DOCS, REPOSITORY
+from test_report_in_browser import PHONE, browser, opened
 
 import rankwise
 from rankwise.options.field import options_of
 from rankwise.pipeline.table import COMMANDS
 
 pytest.importorskip("mkdocs", reason="the site is built with the extra docs")
+__all__ = ["browser"]  # a fixture of this module, too
 
 EXTERNAL = {"arxiv.org", "github.com"}  # hosts; their links are checked for form alone
 LEFTOVER = re.compile(r"^(?:#+ |```)|\|---|\*\*\S", re.MULTILINE)  # Markdown that was taken for text
@@ -129,3 +133,22 @@ def test_commands_and_public_names_have_their_place(site: Path, pages: dict[Path
     missing = [name for name in rankwise.__all__[1:] if not any(one.split(".")[-1] == name for one in ids)]
     assert not missing
     assert {page.stem for page in DOCS.glob("*.md")} - {"README"} <= {page.stem for page in pages}
+
+
+def test_a_phone_shows_pages_opened_as_files_and_searches_them(site: Path, browser: Any) -> None:
+    for name in ("commands/train.html", "features.html", "index.html"):
+        opened(browser, site / name, PHONE, "dark")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE[0], name
+    browser.find_element("css selector", "label[for=__search].md-header__button").click()
+    wanted = browser.find_element("css selector", "input.md-search__input")
+    waits = importlib.import_module("selenium.webdriver.support.wait").WebDriverWait
+    waits(browser, 60).until(lambda _: wanted.is_displayed() and wanted.is_enabled())
+    wanted.send_keys("near ties of a router")
+    browser.set_script_timeout(60)
+    found = browser.execute_async_script(
+        """const done = arguments[0]; const look = () => {
+             const found = document.querySelector('.md-search-result__item a');
+             found ? done(found.href) : setTimeout(look, 50) }; look()"""
+    )
+    assert "parity.html" in found
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
