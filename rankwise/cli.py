@@ -23,7 +23,7 @@ from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, options_of, typed_values, unknown
 from rankwise.options.flags import build_parser, parse_flags
-from rankwise.options.help import HELPS, bold, help_text
+from rankwise.options.help import HELPS, bold, columns, fill, help_text, table
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
 from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
@@ -33,11 +33,12 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
 VERSION, VERBOSE = {"-V", "--version"}, {"-v", "--verbose"}
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # of a path where nothing can be looked for, or made
-FILE_NOTE = "A YAML, JSON or TOML file of these options, or a recipe with this command, may come first; flags win."
-TRAINER_NOTE = (
-    "Options of transformers.TrainingArguments are taken too, such as --learning_rate, --num_train_epochs, "
-    "--per_device_train_batch_size, --gradient_accumulation_steps and --report_to: `rankwise {} --help-all` shows them."
+OVERVIEW_NOTE = (
+    "`rankwise COMMAND --help` shows a command's options. A YAML, JSON or TOML file may come first; flags win."
 )
+FILE_NOTE = "A YAML, JSON or TOML file of these options, or a recipe with this command, may come first; flags win."
+TRAINER_NOTE = "Options of transformers.TrainingArguments are taken too, such as {}: `--help-all` shows them."
+OFTEN = "learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_steps".split()
 NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
@@ -45,17 +46,13 @@ def overview() -> str:
     lines = [
         f"{bold('usage:')} rankwise COMMAND [FILE] [--option VALUE …]",
         "",
-        "Find where a model needs rank, train exactly that, prove it, ship it.",
+        fill("Find where a model needs rank, train exactly that, prove it, ship it.", columns()),
     ]
-    width = 2 + max(map(len, COMMANDS))
+    indent = 4 + max(map(len, COMMANDS))
     for group in GROUPS:
-        rows = [(name, row.help) for name, row in COMMANDS.items() if row.group == group]
-        lines += ["", bold(group), *(f"  {name:<{width}}{text}" for name, text in rows)]
-    lines += [
-        "",
-        "`rankwise COMMAND --help` shows a command's options. A YAML, JSON or TOML file may come first; flags win.",
-    ]
-    return "\n".join(lines)
+        rows = {name: row.help for name, row in COMMANDS.items() if row.group == group}
+        lines += ["", bold(group), *table(rows, indent)]
+    return "\n".join([*lines, "", fill(OVERVIEW_NOTE, columns())])
 
 
 def members(word: str) -> list[str]:
@@ -71,9 +68,12 @@ def command_help(name: str, whole: bool) -> str:
     """The help of one command; whole: with the options of transformers' Trainer, whose import takes seconds."""
     command = COMMANDS[name]
     below = member_lines(name)
-    notes = [FILE_NOTE] * command.takes_file + [TRAINER_NOTE.format(name)] * (command.trainer and not whole)
-    notes += ["\n".join([f"  commands below {name}:", *(f"  {line}" for line in below)])] if below else []
+    notes = [FILE_NOTE] * command.takes_file
     known = [*(command_options(command) if whole else options_of(command.config)), DRY_RUN]
+    if command.trainer and not whole:
+        own = {one for item in known for one in (item.name, *item.aliases)}
+        notes.append(TRAINER_NOTE.format(", ".join(f"--{one}" for one in OFTEN if one not in own)))
+    notes += ["\n".join([f"  commands below {name}:", *(f"  {line}" for line in below)])] if below else []
     usage = f"{name} {positionals_text(command)}[--option VALUE …]"
     return help_text(usage, command.about, command.example, known, notes)
 
@@ -85,7 +85,7 @@ def positionals_text(command: Command) -> str:
 
 def member_lines(word: str) -> list[str]:
     rows = {name: COMMANDS[name].help for name in members(word) if name in COMMANDS}
-    return [f"  {name:<{2 + max(map(len, rows))}}{text}" for name, text in rows.items()]
+    return table(rows, 4 + max(map(len, rows), default=0))
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:

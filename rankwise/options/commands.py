@@ -548,7 +548,7 @@ class ValidateConfig(Options):
     write_cases: str | None = option(
         path="folder", help="folder for prompts, forced answers and both models' log-probabilities, to ask elsewhere"
     )
-    cases: str | None = reads(help="such a folder, in place of the models")
+    cases: str | None = reads(help="folder that --write_cases made, in place of the models")
     answers: str | None = reads(help="what an app answered to --cases, as JSON Lines")
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="official split", group="data")

@@ -11,12 +11,14 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rankwise.options.field import GROUPS, Option
 from rankwise.options.flags import spellings
 
 HELPS = ("-h", "--help", "--help-all", "--help_all")
+fill = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
 NARROWEST, WIDEST = 40, 120  # longer lines are hard to read
 
 
@@ -33,12 +35,12 @@ def bold(text: str) -> str:
 def help_text(usage: str, about: str, example: str, options: Sequence[Option], notes: Sequence[str]) -> str:
     """usage: the line behind the program's name. notes: paragraphs at the end; what is indented stays as it is."""
     width = columns()
-    lines = [f"{bold('usage:')} rankwise {usage}", "", textwrap.fill(about, width)]
+    lines = [f"{bold('usage:')} rankwise {usage}", "", fill(about, width)]
     lines += ["", bold("example:"), continued(example, width - 6)]
     for title, items in grouped(options).items():
         lines += ["", *map(bold, textwrap.wrap(title, width)), *(option_text(item, width) for item in items)]
     for note in notes:
-        lines += ["", note if note.startswith(" ") else textwrap.fill(note, width, break_on_hyphens=False)]
+        lines += ["", note if note.startswith(" ") else fill(note, width)]
     return "\n".join(lines)
 
 
@@ -48,6 +50,15 @@ def grouped(options: Sequence[Option]) -> dict[str, list[Option]]:
     for item in sorted(options, key=lambda item: (*GROUPS, item.group).index(item.group)):
         found.setdefault(heading(item), []).append(item)
     return found
+
+
+def table(rows: Mapping[str, str], indent: int) -> list[str]:
+    """Names, and beside them what they are, from column `indent` on."""
+    width = columns()
+    return [
+        fill(text, width, initial_indent=f"  {name:<{indent - 2}}", subsequent_indent=" " * indent)
+        for name, text in rows.items()
+    ]
 
 
 def continued(line: str, width: int) -> str:
@@ -86,6 +97,6 @@ def value_text(item: Option) -> str:
 
 
 def default_text(item: Option) -> str:
-    if item.default in (None, "", [], False):
+    if item.default is False or item.default in (None, "", []):
         return ""
     return f" [{', '.join(map(str, item.default)) if isinstance(item.default, list) else item.default}]"

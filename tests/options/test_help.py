@@ -50,7 +50,7 @@ def is_flags(line: str) -> bool:
 
 def test_the_trainers_flags_are_behind_help_all(capsys: pytest.CaptureFixture[str]) -> None:
     short, whole = told(capsys, "train", "--help"), told(capsys, "train", "--help-all")
-    assert "`rankwise train --help-all`" in short and "`rankwise train --help-all`" not in whole
+    assert "`--help-all`" in short and "`--help-all`" not in whole
     missing = {
         flag
         for item in cli.command_options(cli.COMMANDS["train"])
@@ -86,6 +86,18 @@ def test_headings_are_bold_at_a_terminal_that_shows_it(environment: dict[str, st
             shown += os.read(stream.fileno(), 1 << 16)
     assert done.returncode == 0
     assert (b"\x1b[1musage:\x1b[0m rankwise report" in shown, b"\x1b" in shown) == (bold, bold)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_overviews_are_as_wide_as_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in ([], ["features", "--help"]):
+        shown = told(capsys, *words)
+        assert max(map(len, shown.splitlines())) <= width
+        kept = " ".join(shown.split())
+        assert all(row.help in kept for name, row in cli.COMMANDS.items() if not words or name.startswith("features "))
 
 
 def test_no_escape_sequence_reaches_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
