@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_no_telemetry import GUARD
 
 import rankwise
 from rankwise.doctor import command
@@ -67,9 +68,11 @@ def problems(lines: Any) -> set[str]:
     return {name for name, line in lines.items() if line["state"] == "problem"}
 
 
-def test_here_everything_that_is_needed_is_found() -> None:
-    """On the installation that the tests run in."""
-    _, _, lines = doctor()
+def test_here_everything_that_is_needed_is_found(tmp_path: Path) -> None:
+    """On the installation that the tests run in; nobody is called."""
+    (tmp_path / "sitecustomize.py").write_text(GUARD)
+    _, _, lines = doctor(tmp_path, ATTEMPTS=str(tmp_path / "attempts"))
+    assert not (tmp_path / "attempts").exists()
     assert not problems(lines) - {"working folder", "memory"}, lines
     assert re.match(r"(\d+) of \1 base packages are within bounds", lines["packages"]["found"])
     assert lines["torch"]["state"] == "ok" and "build); devices: cpu" in lines["torch"]["found"]
