@@ -254,7 +254,7 @@ class RankExcess:
 
     rank: int
     excess: Effect | None
-    bound: float
+    bound: float | None
     verdict: str
     more_seeds: int | None
 
@@ -287,9 +287,9 @@ def find_rank(scores: TrialLosses, arms: Mapping[int, TrialRun], delta: float) -
 def rank_step(scores: TrialLosses, arm: TrialRun, largest: TrialRun, delta: float) -> RankExcess:
     excess, noise = scores.excess(arm, largest), scores.noise
     if excess is None or scores.diverged(arm):
-        return RankExcess(arm.rank, None, math.inf, "diverged", None)
+        return RankExcess(arm.rank, None, None, "diverged", None)
     if noise is None:
-        return RankExcess(arm.rank, excess, math.inf, "undecided", None)
+        return RankExcess(arm.rank, excess, None, "undecided", None)
     bound, lower = upper_bound(excess), 2 * excess.estimate - upper_bound(excess)
     verdict = "enough" if bound <= delta else "worse" if lower > delta else "undecided"
     more = further_seeds(excess, noise, delta) if verdict == "undecided" else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -232,6 +233,8 @@ def test_one_seed_gives_no_rank_up() -> None:
     found = find_rank(truth.choose, {rank: TrialRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
     assert (found.by_bound, found.by_estimate) == (16, 1)
     assert [step.verdict for step in found.steps] == ["undecided", "undecided"]
+    assert [step.bound for step in found.steps] == [None] * len(found.steps), "JSON has no infinity"
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_a_rank_below_one_that_is_not_enough_is_not_advised() -> None:
