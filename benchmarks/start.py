@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from statistics import median
 
 PAIR = """
