@@ -31,7 +31,7 @@ from rankwise.evaluate.engines import (
     subject,
 )
 from rankwise.evaluate.generate import fitting
-from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult, earlier_answers
+from rankwise.evaluate.predictions import FORGETTING, READ_FIRST, RESULTS, EvaluationResult, earlier_answers
 from rankwise.evaluate.tasks import TASKS, evaluate, part, task
 from rankwise.files.adapter import adapter_files, base_and_adapter, recorded_base
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
@@ -78,7 +78,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
         lost = measure_forgetting(config, tested, documents, folder, made_from) if config.forget else None
         if process_index()[0] == 0:
             folder.save_config(config, folder.config_name("evaluate"))
-            found = {"results": (result, RESULTS.name), "forgetting": (lost, forgetting.FILE)}
+            found = {"results": (result, RESULTS.name), "forgetting": (lost, FORGETTING)}
             record.outputs |= {name: folder / file for name, (each, file) in found.items() if each}
     if result:
         announce(summary(result))
@@ -256,7 +256,7 @@ def measure_forgetting(
     )
     if process_index()[0] != 0:
         return None
-    result.save(folder.path, forgetting.FILE)
+    result.save(folder.path, FORGETTING)
     return result
 
 
@@ -289,5 +289,5 @@ def describe(config: EvaluateConfig) -> list[str]:
     items = f"run {task} of lm-evaluation-harness on {model}" if is_harness(task) else items
     lines = [items, f"score them as {task} and write {folder / RESULTS.name}"] if task else []
     if config.forget:
-        lines.append(f"compare it with its base on {config.forget} and write {folder / forgetting.FILE}")
+        lines.append(f"compare it with its base on {config.forget} and write {folder / FORGETTING}")
     return lines

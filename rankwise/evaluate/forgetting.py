@@ -24,13 +24,11 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.data.dataset import pad
 from rankwise.errors import DataError
 from rankwise.evaluate import bootstrap
-from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.predictions import FORGETTING_TASK, EvaluationResult
 from rankwise.files.processes import gathered, own_share
 from rankwise.files.versions import LIBRARIES, installed
 from rankwise.page.progress import progress
 
-FILE = "forgetting.json"
-TASK = "forgetting"
 LINES = (".jsonl", ".ndjson")
 METRICS = ("kl", "perplexity_base", "perplexity_adapted", "perplexity_ratio")
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -127,7 +125,7 @@ def forgetting(
     spread = bootstrap.intervals(lambda positions: _metrics(rows[positions].sum(axis=1)), len(rows), seed=settings.seed)
     values = _metrics(rows.sum(axis=0)[None])[:, 0]
     return EvaluationResult(
-        task=TASK,
+        task=FORGETTING_TASK,
         metrics=dict(zip(METRICS, map(float, values), strict=True)),
         intervals=bootstrap.named(METRICS, spread),
         n=len(rows),

@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.data.example import Example
 from rankwise.data.template import without_images
 from rankwise.errors import UsageError
-from rankwise.evaluate.generate import Answering
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.document import Document, as_plain, build, drop_cut_line, lines_of, read_lines
 from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.page.progress import progress
+
+if TYPE_CHECKING:  # an engine imports the models; to read a result needs none
+    from rankwise.evaluate.generate import Answering
 
 RESULTS = Document(
     "evaluation_results.json",
@@ -30,6 +32,7 @@ RESULTS = Document(
     "rankwise evaluate",
     ("task", "n", "metrics", "intervals_95"),
 )
+FORGETTING, FORGETTING_TASK = "forgetting.json", "forgetting"
 READ_FIRST = (
     *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
     *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),

@@ -55,6 +55,7 @@ if sys.platform != "win32":
 
 LOCK, HOLDER = ".rankwise.lock", ".rankwise.lock.json"
 CONFIG, MANIFEST = "resolved_config.json", "manifest.json"
+SITES = Document("sites.json", "rankwise-sites/1", "a record of adapted sites", "rankwise train", ("sites", "left_out"))
 STAGES = Document(MANIFEST, "rankwise-manifest/1", "a manifest")
 Inputs = Mapping[str, Path | str | None]
 

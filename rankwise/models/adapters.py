@@ -31,7 +31,7 @@ from rankwise.files.adapter import (
 from rankwise.files.adapter_config import EXPERTS, lora_config, place_rows
 from rankwise.files.atomic import atomic_files, read_object
 from rankwise.files.checkpoint import ADAPTER_NAMES, Checkpoint
-from rankwise.files.document import Document
+from rankwise.files.run_folder import SITES
 from rankwise.models.adapt import (
     ADAPTER,
     built_shapes,
@@ -47,7 +47,6 @@ from rankwise.models.sites import weight_table
 from rankwise.models.targets import scales
 from rankwise.models.vocabulary import fit_vocabulary
 
-SITES = Document("sites.json", "rankwise-sites/1", "a record of adapted sites", "rankwise train", ("sites", "left_out"))
 CONVERTED = 1e-5  # relative: what float32 leaves of a weight that gave away its leading directions and got them back
 
 

@@ -48,7 +48,7 @@ from rankwise.ranks.fidelity import require_change, sentences, unpaired
 from rankwise.ranks.gain import Gain
 from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
-from rankwise.ranks.plots import RAW_DATA, SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
+from rankwise.ranks.outputs import RAW_DATA, SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import AdapterDeltas, Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.ranks.summary import render, summarise
 

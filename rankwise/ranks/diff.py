@@ -13,7 +13,7 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.options.commands import DiffConfig
 from rankwise.page.text import percent
 from rankwise.ranks.expert_map import CHANGES, SHOWN, MovedExpert, moved_experts, read_experts, shares
-from rankwise.ranks.plots import RAW_DATA
+from rankwise.ranks.outputs import RAW_DATA
 
 
 def plans(config: DiffConfig) -> tuple[str, str]:

@@ -18,28 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
-from rankwise.device.handoff.page import FINDING as HANDOFF
-from rankwise.device.validation_page import VALIDATION
 from rankwise.errors import DataError
-from rankwise.evaluate.forgetting import FILE as FORGETTING
-from rankwise.evaluate.predictions import RESULTS, EvaluationResult
-from rankwise.features.downstream_page import ANSWERS
-from rankwise.features.history import EPOCHS
-from rankwise.features.page import FACTORS
+from rankwise.evaluate.predictions import FORGETTING, RESULTS, EvaluationResult
 from rankwise.files.atomic import read_bytes, read_json, read_object
 from rankwise.files.document import read_lines
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
-from rankwise.files.run_folder import MANIFEST, STAGES, without_secrets
-from rankwise.models.adapters import SITES
+from rankwise.files.run_folder import MANIFEST, SITES, STAGES, without_secrets
 from rankwise.page.blocks import Finding, SourceFile
+from rankwise.pipeline.table import imported
 from rankwise.pipeline.times import StageTime, read_times
-from rankwise.ranks.expert_map import EXPERT_MAP
-from rankwise.ranks.fidelity import FIDELITY
-from rankwise.ranks.intruders import INTRUDERS
-from rankwise.ranks.plots import GAIN
-from rankwise.study.advice_page import ADVICE
-from rankwise.study.page import STUDY
 from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
 from rankwise.train.gradient_table import GROUPS, NORMS
 
@@ -136,8 +124,22 @@ class Contents:
         return not any(getattr(self, one.name) for one in fields(self) if one.name not in ("run", "settings"))
 
 
-# What is shown where it lies; each room says how.
-FINDINGS = (GAIN, EXPERT_MAP, INTRUDERS, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
+# What is shown where it lies: file → where its `Finding` is, which says how. Loaded where such a file is found, since
+# together they import half of the package.
+FINDINGS = {
+    "gain.json": ("ranks.plots", "GAIN"),
+    "expert_changes.json": ("ranks.expert_map", "EXPERT_MAP"),
+    "intruders.json": ("ranks.intruders", "INTRUDERS"),
+    "advice.json": ("study.advice_page", "ADVICE"),
+    "study.json": ("study.page", "STUDY"),
+    "validation.json": ("device.validation_page", "VALIDATION"),
+    "handoff.json": ("device.handoff.page", "FINDING"),
+    "history.json": ("features.history", "EPOCHS"),
+    "comparison.json": ("features.page", "FACTORS"),
+    "downstream.json": ("features.downstream_page", "ANSWERS"),
+    "fidelity.json": ("ranks.fidelity", "FIDELITY"),
+}
+VALIDATION, EPOCHS = "validation.json", "history.json"
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
@@ -150,7 +152,7 @@ def read_run(run: Path) -> Contents:
         raise DataError(f"{run}: no such folder; `rankwise report` takes the folder that a run has written")
     files = list(walk(run))
     findings = tuple(read_findings(run, files))
-    of_factors = {where for finding, where, _ in findings if finding is EPOCHS}
+    of_factors = {where for finding, where, _ in findings if finding.file == EPOCHS}
     contents = Contents(
         run=run,
         stages=tuple(sorted(read_stages(run, files), key=lambda stage: stage.started)),
@@ -182,8 +184,9 @@ def read_run(run: Path) -> Contents:
 
 
 def read_findings(run: Path, files: list[Path]) -> Iterator[tuple[Finding, str, Any]]:
-    for finding in FINDINGS:
-        for path in named(files, finding.file):
+    for name, (module, attribute) in FINDINGS.items():
+        for path in named(files, name):
+            finding: Finding = getattr(imported(f"rankwise.{module}"), attribute)
             content = finding.read(path)
             if content is not None:
                 yield finding, folder(run, path), content
@@ -219,7 +222,7 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
 
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
     """All scores but those that a validation has made for itself: it shows them in its own table."""
-    within = {path.parent for path in named(files, VALIDATION.file)}
+    within = {path.parent for path in named(files, VALIDATION)}
     for path in [*named(files, RESULTS.name), *named(files, FORGETTING)]:
         if within & set(path.parents):
             continue

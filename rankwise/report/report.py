@@ -15,10 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rankwise.errors import UsageError
-from rankwise.evaluate import forgetting
+from rankwise.evaluate.predictions import FORGETTING_TASK
 from rankwise.files.atomic import write_text
-from rankwise.files.run_folder import MANIFEST
-from rankwise.models.adapters import SITES
+from rankwise.files.run_folder import MANIFEST, SITES
 from rankwise.options.commands import ReportConfig
 from rankwise.page.blocks import Figure, Gallery, Page, Plot, Section, Sourced, SourceFile, Words, drawn, each
 from rankwise.page.canvas import can_draw
@@ -61,7 +60,7 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
 def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
     """Results by task and method, in order; what was forgotten comes after what was learnt."""
     tasks: dict[str, list[Scored]] = {}
-    for one in sorted(scores, key=lambda one: one.result.task == forgetting.TASK):
+    for one in sorted(scores, key=lambda one: one.result.task == FORGETTING_TASK):
         tasks.setdefault(one.result.title, []).append(one)
     return tasks
 

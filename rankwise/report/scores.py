@@ -15,11 +15,11 @@ from PIL import Image
 
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.evaluate.answers import is_right
-from rankwise.evaluate.classify import confusion_table
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_write
 from rankwise.page.blocks import Answer, Block, Folded, Gallery, Picture, Plot, Shot, SideBySide, Table
 from rankwise.page.text import metric_name, number, plural, printable, score, with_interval
+from rankwise.pipeline.table import imported
 from rankwise.report.contents import Scored
 from rankwise.train.loss_plots import plot_scores, shared_metrics
 
@@ -145,7 +145,7 @@ def confusions(results: Sequence[Scored]) -> list[Block]:
     for one in results:
         details = one.result.settings.get("scoring")
         if isinstance(details, dict) and "confusion" in details:
-            head, *rows = confusion_table(details)
+            head, *rows = imported("rankwise.evaluate.classify").confusion_table(details)
             found.append(Folded(f"What was taken for what · {one.label}", [Table(head, rows)]))
     return found
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
-from rankwise.files.run_folder import MANIFEST, MARKS, STATE
-from rankwise.models.adapters import SITES
+from rankwise.files.run_folder import MANIFEST, MARKS, SITES, STATE
 from rankwise.page.blocks import Block, Folded, Picture, Plot, Section, Sourced, SourceFile, Table, Words, each
 from rankwise.page.canvas import can_draw
 from rankwise.page.grid import CellMap

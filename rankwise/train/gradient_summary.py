@@ -20,8 +20,18 @@ from rankwise.files.atomic import write_json, write_text
 from rankwise.page.blocks import Block, Table, Words, lines
 from rankwise.page.text import number, percent, plural
 from rankwise.train.expert_record import ExpertRecord, read_experts
-from rankwise.train.gradient_table import GROUP_OF, GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, summary, views
-from rankwise.train.phases import PHASES_TABLE
+from rankwise.train.gradient_table import (
+    GROUP_OF,
+    GROUPS,
+    LAYERS,
+    NORMS,
+    PER_LAYER,
+    PHASES_TABLE,
+    SiteNorm,
+    stored,
+    summary,
+    views,
+)
 
 LAYER = re.compile(r"(?:(?P<tower>\w+)_)?layer_(?P<number>\d+)_(?P<kind>attention|mlp)")
 WINDOW = 5  # steps of the moving average that the documented plots have

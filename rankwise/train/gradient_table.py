@@ -17,15 +17,12 @@ import csv
 import io
 import math
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write
@@ -35,6 +32,7 @@ GROUPS = "gradient_analysis.group_norms.csv"
 LAYERS = "gradient_analysis.layer_norms.csv"
 GRADIENT_SUMMARY = "gradient_analysis.summary.json"
 TRAINING_LOG = "training_log.csv"
+PHASES_TABLE = "phases.csv"
 LOG_COLUMNS = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate", "seconds")
 GROUP_OF = {"embed": "embed_norm", "attention": "attention_norm", "mlp": "mlp_norm", "head": "lm_head_norm"}
 GROUP_COLUMNS = ("step", *GROUP_OF.values(), "total_norm", "clipped_total_norm", "phase")
@@ -234,28 +232,3 @@ def parsed(row: Mapping[str, str], path: Path, line: int) -> SiteNorm:
         return SiteNorm(*where, norm, a, b, share, delta, row["phase"])
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
-
-
-class TrainingLog(TrainerCallback):
-    """Writes what the Trainer logs to `training_log.csv`. `seconds` counts training time over all resumed parts.
-
-    more: names of further columns.
-    """
-
-    def __init__(self, output_dir: Path, more: Sequence[str] = ()) -> None:
-        self.table = StepTable(output_dir / TRAINING_LOG, (*LOG_COLUMNS, *more))
-        self._started = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.table.cut(state.global_step)
-            rows = list(self.table.read())
-            self._started = time.monotonic() - (float(rows[-1]["seconds"] or 0) if rows else 0.0)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        columns = [name for name in self.table.columns if logs and name in logs and name != "epoch"]
-        values = {name: f"{float(logs[name]):.8g}" for name in columns}  # what float32 holds
-        if state.is_world_process_zero and values:
-            seconds = round(time.monotonic() - self._started, 2)
-            epoch = f"{state.epoch or 0.0:.8g}"
-            self.table.append({"step": state.global_step, "epoch": epoch, "seconds": seconds} | values)

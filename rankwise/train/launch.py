@@ -35,10 +35,9 @@ from rankwise.train.checkpoints import (
     refuse_earlier,
     resume_point,
 )
-from rankwise.train.gradient_table import TRAINING_LOG
+from rankwise.train.gradient_table import PHASES_TABLE, TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.job import Job
-from rankwise.train.phases import PHASES_TABLE
 from rankwise.train.reporting import TENSORBOARD_FOLDER
 from rankwise.train.trainer import RankwiseTrainer
 

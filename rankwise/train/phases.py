@@ -28,10 +28,10 @@ from rankwise.files.atomic import read_if_there, read_object, write_json
 from rankwise.files.processes import announce
 from rankwise.models.adapt import full_parameters, site_parameters
 from rankwise.options.sections import PhasesSection
-from rankwise.train.gradient_table import StepTable
+from rankwise.train.gradient_table import PHASES_TABLE, StepTable
 from rankwise.train.gradients import GradientNorms, gradient_norm
 
-PHASES_TABLE, PHASES_STATE = "phases.csv", "phases.json"
+PHASES_STATE = "phases.json"
 COLUMNS = ("step", "phase", "sites", "parameters")
 
 

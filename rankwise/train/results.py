@@ -24,10 +24,9 @@ from rankwise.files.atomic import read_if_there, write_json
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.lineage import row_options
 from rankwise.files.plan import PLAN_FILE, write_plan
-from rankwise.files.run_folder import Record
+from rankwise.files.run_folder import SITES, Record
 from rankwise.models.adapt import allocated_plan, plain_pairs
 from rankwise.models.adapters import (
-    SITES,
     full_weights,
     load_adapter,
     require_converted,
@@ -43,10 +42,10 @@ from rankwise.train.adalora import ALLOCATED_TABLE, RankAllocation
 from rankwise.train.expert_norms import check_saved
 from rankwise.train.expert_record import read_experts
 from rankwise.train.gradient_plots import plot_gradients
-from rankwise.train.gradient_table import GRADIENT_SUMMARY, TRAINING_LOG
+from rankwise.train.gradient_table import GRADIENT_SUMMARY, PHASES_TABLE, TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.job import Job
-from rankwise.train.phases import PHASES_TABLE, phase_of
+from rankwise.train.phases import phase_of
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
 RESULTS_SUMMARY = "results_summary.json"

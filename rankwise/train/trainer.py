@@ -32,7 +32,6 @@ from rankwise.models.adapt import full_parameters
 from rankwise.train.adalora import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.expert_norms import LearntExperts
-from rankwise.train.gradient_table import TrainingLog
 from rankwise.train.gradients import GradientNorms, parameter_towers
 from rankwise.train.interruption import EvaluationStopped, Interruption, StopOnSignal, stoppable
 from rankwise.train.phases import PhaseKeeper
@@ -48,6 +47,7 @@ from rankwise.train.step import (
     within_reach,
 )
 from rankwise.train.towers import RATE_COLUMN, RateWatch, full_at_common_rate, split_by_tower
+from rankwise.train.training_log import TrainingLog
 
 SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
 DATA_SETS = ("train_dataset", "eval_dataset")

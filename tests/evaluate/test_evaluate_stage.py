@@ -20,8 +20,7 @@ from rankwise.data.sources.load import load
 from rankwise.data.sources.table import SOURCES
 from rankwise.data.sources.table import SPLITS as SOURCE_SPLITS
 from rankwise.evaluate import command as evaluate
-from rankwise.evaluate.forgetting import FILE as FORGETTING
-from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.predictions import FORGETTING, EvaluationResult
 from rankwise.evaluate.tasks import TASKS, task
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_config

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rankwise.errors import DataError
 from rankwise.evaluate.forgetting import (
-    FILE,
     ForgettingSettings,
     forgetting,
     in_words,
@@ -24,7 +23,7 @@ from rankwise.evaluate.forgetting import (
     logits_without_adapter,
     read_documents,
 )
-from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.predictions import FORGETTING, EvaluationResult
 from rankwise.models.load import load_model
 
 TEXTS = [
@@ -161,7 +160,7 @@ def test_adapters_that_moved_the_base_s_biases_are_refused(base: Path) -> None:
 
 def test_the_result_is_a_file_that_reads_back(base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     result = measured(adapted(base, 0.1), tokenizer)
-    assert EvaluationResult.load(result.save(tmp_path, FILE)) == result
+    assert EvaluationResult.load(result.save(tmp_path, FORGETTING)) == result
     assert f"{result['kl']:.4f} nats per token" in in_words(result)
     assert in_words(measured(adapted(base, 0.1), tokenizer, TEXTS[:1])).count("[") == 0
 

@@ -19,7 +19,7 @@ from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.sections import LoraSection, SitesSection
 from rankwise.ranks.deltas import dense
-from rankwise.ranks.plots import write_delta_weights
+from rankwise.ranks.outputs import write_delta_weights
 from rankwise.ranks.probe import open_pair
 from rankwise.train.adapter import warm_start
 

@@ -25,9 +25,8 @@ from rankwise.data.sources.official import Download
 from rankwise.errors import ServiceError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import sha256
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import SITES, RunFolder
 from rankwise.merge.command import run as merge
-from rankwise.models.adapters import SITES
 from rankwise.options.commands import MergeConfig
 from rankwise.page.blocks import Table
 from rankwise.page.template import markdown_table

@@ -9,6 +9,8 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,9 +28,10 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.options.commands import ReportConfig
 from rankwise.page.blocks import each
 from rankwise.page.grid import CellMap
+from rankwise.pipeline.table import imported
 from rankwise.ranks.plots import plot_decay
 from rankwise.report import report as stage
-from rankwise.report.contents import Adapted, Contents, read_scores
+from rankwise.report.contents import FINDINGS, Adapted, Contents, read_scores
 from rankwise.report.report import build_report, compose
 from rankwise.train.loss_plots import leading_metrics
 
@@ -436,3 +439,14 @@ def test_what_a_validation_scored_stays_in_its_own_table(tmp_path: Path) -> None
     files.append(tmp_path / "validation" / "validation.json")
     assert [one.folder for one in read_scores(tmp_path, files)] == ["after"]
     assert leading_metrics([result]) == ["accuracy"], "not one class's precision"
+
+
+def test_findings_are_where_the_table_of_their_files_says() -> None:
+    found = {name: getattr(imported(f"rankwise.{module}"), attribute) for name, (module, attribute) in FINDINGS.items()}
+    assert {name: finding.file for name, finding in found.items()} == {name: name for name in FINDINGS}
+
+
+def test_a_report_imports_no_trainer_and_no_model_before_a_file_asks_for_it() -> None:
+    heavy = "peft transformers.trainer_callback transformers.modeling_utils torchvision".split()
+    said = f"import sys, rankwise.report.report; print(*sorted(set({heavy}) & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.split() == []

@@ -28,8 +28,8 @@ from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
-from rankwise.train.gradient_table import StepTable
-from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
+from rankwise.train.gradient_table import PHASES_TABLE, StepTable
+from rankwise.train.phases import COLUMNS, PhaseKeeper
 from rankwise.train.together import train
 from rankwise.train.together.alone import Undropped, train_alone
 from rankwise.train.together.fit import fit

@@ -28,13 +28,13 @@ from rankwise.files.atomic import atomic_folder, sha256
 from rankwise.files.document import Document
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import announce
-from rankwise.files.run_folder import RunFolder
-from rankwise.models.adapters import SITES, write_sites
+from rankwise.files.run_folder import SITES, RunFolder
+from rankwise.models.adapters import write_sites
 from rankwise.models.targets import scales
 from rankwise.page.text import plural
 from rankwise.train.checkpoints import differences
-from rankwise.train.gradient_table import LOG_COLUMNS, TRAINING_LOG, StepTable
-from rankwise.train.phases import COLUMNS, PHASES_TABLE
+from rankwise.train.gradient_table import LOG_COLUMNS, PHASES_TABLE, TRAINING_LOG, StepTable
+from rankwise.train.phases import COLUMNS
 from rankwise.train.results import ADAPTER_FILES, RESULTS_SUMMARY, describe_losses, write_results_summary
 from rankwise.train.selection import save_task
 from rankwise.train.together.arm_batch import ArmBatch
