@@ -48,7 +48,7 @@ docs: $(VENV)/.docs
 lowest:
 	uv venv --clear --python $(PYTHON) $(VENV)/lowest
 	uv pip install --python $(VENV)/lowest --resolution lowest-direct -e '.[plots,eval,data,device,label,quant]'
-	uv pip install --python $(VENV)/lowest pytest hypothesis build hatchling
+	uv pip install --python $(VENV)/lowest pytest hypothesis jsonschema build hatchling
 	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -o filterwarnings=default tests/core tests/options tests/files tests/merge tests/test_command_line.py
 
 # Rows damaged at random, through check and train: half an hour, other rows every time.

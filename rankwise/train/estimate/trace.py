@@ -32,7 +32,8 @@ from torch.utils.flop_counter import flop_registry
 from rankwise.errors import UsageError
 
 MASKED = (torch.bool, torch.uint8)
-GROUPED = torch.ops.aten._grouped_mm  # of the experts that tokens are routed to; torch does not count it
+# Of the experts that tokens are routed to; torch does not count it, and has it from 2.8 on.
+GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
 FREE = (torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided)
 
 
