@@ -268,8 +268,9 @@ def test_the_documented_figures_are_the_measured_ones() -> None:
     doc = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").splitlines()
     first, last = doc.index("## Compress: a smaller adapter, exactly"), doc.index("## Merge: adapter into base")
     rows = [line for line in doc[first:last] if line.startswith("| ")]
-    assert len(rows) == 13 and [row for row in rows if row not in page] == []
-    told = json.loads((results / "after_training.json").read_text(encoding="utf-8"))["stories260K × E2E"]
+    assert len(rows) == 20 and [row for row in rows if row not in page] == []
+    every = json.loads((results / "after_training.json").read_text(encoding="utf-8"))
+    told, smol = every["stories260K × E2E"], every["SmolLM2-135M × E2E"]
     variants, gain, pairs = told["variants"], told["gain"], told["pairs"]
     assert pairs["budget − uniform, 25 %"][1] > 0.15 and pairs["sigma − uniform, 25 %"][1] > 0
     tenth = [variants[f"{way} 10"] for way in ("budget", "sigma", "uniform")]
@@ -282,3 +283,10 @@ def test_the_documented_figures_are_the_measured_ones() -> None:
         assert all(more[name][1] > less[name][2] for more, less in pairwise(scaled)), "KL falls with every step of λ"
     assert all(more["over_full"][2] < less["over_full"][1] for more, less in pairwise(scaled)), "and the loss rises"
     assert scaled[1]["over_full"][0] / gain < 0.015 and abs(scaled[0]["over_full"][0]) < 1e-6
+    lost = {name: row["over_full"][0] / smol["gain"] for name, row in smol["variants"].items()}
+    ways = ("budget", "sigma", "uniform")
+    assert all(0.025 < lost[f"{way} 25"] < 0.04 and 0.085 < lost[f"{way} 10"] < 0.11 for way in ways)
+    pairs = smol["pairs"]
+    assert pairs["budget − uniform, 25 %"][2] < 0 < pairs["budget − uniform, 10 %"][1]
+    assert all(pairs[f"sigma − uniform, {size} %"][1] > 0 > pairs[f"budget − sigma, {size} %"][2] for size in (10, 25))
+    assert all(smol["variants"][f"intruders {scale:g}"]["intruders"] == 0 for scale in (1, 0.75, 0.5, 0.25, 0))
