@@ -360,6 +360,7 @@ ELSEWHERE = {
     "rankwise-arm/1": "written and read in test_arms.py",
     "rankwise-arms/1": "written and read in test_arms.py",
     "rankwise-expert-changes/1": "written and read in test_expert_spectra.py",
+    "rankwise-doctor/1": "printed and read in test_doctor.py",
     "rankwise-experts/1": "written and read in test_adapt_experts.py",
     "rankwise-intruders/1": "written and read in test_intruders.py",
 }

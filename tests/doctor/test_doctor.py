@@ -60,7 +60,9 @@ def doctor(*path: Path, before: list[str] | None = None, python: str = sys.execu
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     told = json.loads(done.stdout)
-    assert told["problems"] == sum(check["state"] == "problem" for check in told["checks"])
+    assert told["format"] == "rankwise-doctor/1" and told["problems"] == sum(
+        check["state"] == "problem" for check in told["checks"]
+    )
     assert (done.returncode, bool(done.stderr)) == ((1, True) if told["problems"] else (0, False)), done.stderr
     return done.returncode, done.stderr, {check.pop("name"): check for check in told["checks"]}
 

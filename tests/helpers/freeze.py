@@ -108,6 +108,9 @@ run: recipe.yaml -o pipeline
 batch: recipe.yaml -o batch
 tiny: -o tiny --quick
 demo: -o demo --quick
+doctor: --json
+schema: ranks
+completion: bash
 """
 LINES = {name: line for name, _, line in (one.partition(": ") for one in re.split(r"\n(?=\S)", WRITTEN))}
 CASES = f"--reference tuned --base_model base {TEXT} --split dev --write_cases cases --num_samples 4 --max_new_tokens 3"
@@ -121,7 +124,7 @@ RECIPE = """\
 stages:
   - {command: ranks, base: base, tuned: tuned, max_rank: 8, no_plots: true, output_dir: "${run}/ranks"}
 """
-ONLY_DRY = ("batch", "tiny", "demo")
+ONLY_DRY = ("batch", "tiny", "demo", "doctor", "schema", "completion")
 TENSORS = (
     r"extracted/adapter_model|cases/log_probs|maps/.*|cache/.*|study/runs/.*"
     r"|nets2/AdaLoRA/(best_model|checkpoint-14/rank_allocation)"
