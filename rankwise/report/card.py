@@ -42,7 +42,7 @@ class CardFacts:
     """Content of a card. sections: title → Markdown lines, in order; empty ones are left out.
 
     kind: adapter, merged, export or bundle. base: a hub id or a folder's name. sees: whether the model takes images.
-    datasets: hub ids. widget: real prompts with the model's own answers, of public data only.
+    datasets: hub ids. widget: real prompts with the model's own answers, of official files only.
     """
 
     title: str

@@ -2,7 +2,8 @@
 
     scores ── metrics ──▶ model-index        data ── hub_dataset ──▶ datasets        prompts ── widget ──▶ widget
 
-Only what is public enters: hub ids, never paths; of rows only those of data sets that are on the hub.
+Hub ids enter, never paths. A hub id may be that of a private data set, so of rows only those of official files enter,
+told by their SHA-256.
 """
 
 from __future__ import annotations
@@ -101,16 +102,27 @@ def evaluation_of(sources: Sources, scored: Scored) -> ManifestEntry | None:
 def hub_dataset(entry: ManifestEntry | None) -> str | None:
     """Hub id of the data that a stage read: of the hub, or an official file of a data set that is there, byte for byte.
     None for all others, whatever they are called."""
-    row = entry.entry.get("inputs", {}).get("data", {}) if entry else {}
-    named = DATA_ID.fullmatch(row.get("name", ""))
-    return named["id"] if named else official_on_hub(Path(row.get("path", "")), row.get("fingerprint"))
+    named = DATA_ID.fullmatch(data_input(entry).get("name", ""))
+    return named["id"] if named else official_dataset(entry)
+
+
+def official_dataset(entry: ManifestEntry | None) -> str | None:
+    """Hub id of the data set whose official file a stage read. Only of these it is known that anybody may see the rows:
+    a data set named by its hub id may be private or gated."""
+    row = data_input(entry)
+    return official_on_hub(Path(row["path"]), row.get("fingerprint")) if "path" in row else None
+
+
+def data_input(entry: ManifestEntry | None) -> dict[str, Any]:
+    found: dict[str, Any] = entry.entry.get("inputs", {}).get("data", {}) if entry else {}
+    return found
 
 
 def widget(sources: Sources) -> list[WidgetExample]:
-    """A prompt as the model got it, with its answer: the first scored item of public data. Of other data no row goes
-    out."""
+    """A prompt as the model got it, with its answer: the first scored item of an official file. Of other data no
+    row goes out."""
     for one in [one for one in sources.scores if not one.is_before and one.predictions][-1:]:
-        if hub_dataset(evaluation_of(sources, one)):
+        if official_dataset(evaluation_of(sources, one)):
             row = next(iter(one.predictions.values()))
             return [WidgetExample(str(row["prompt"]), str(row["prediction"]), one.result.task)]
     return []

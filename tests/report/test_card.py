@@ -448,12 +448,19 @@ def test_a_folder_that_has_gone_is_no_hub_id(run: Path) -> None:
     assert "datasets" not in front((run / "README.md").read_text())
 
 
-def test_public_data_are_named_and_give_the_widget_its_prompt(run: Path, official: Path) -> None:
+def test_public_data_are_named_and_give_the_widget_its_prompt(run: Path, official: Path, tmp_path: Path) -> None:
     """The first scored prompt as the model got it; of data that are nobody else's to see, none."""
     row = {"id": "0", "prompt": "Data: name[x]\nText:", "prediction": "x.", "references": ["x"]}
     (run / "after" / "predictions.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["card", str(run), "--files", "merged"]) == 0
     assert "widget" not in front((run / "README.md").read_text())
+    shutil.copytree(run, tmp_path / "private")
+    with RunFolder(tmp_path / "private" / "after").recording("evaluate", {"data": "hf://org/private_rows"}):
+        pass
+    assert main(["card", str(tmp_path / "private"), "--files", "merged"]) == 0
+    text = (tmp_path / "private" / "README.md").read_text()
+    assert "name[x]" not in text and "widget" not in front(text), "a hub id does not say who may see the rows"
+    assert front(text)["model-index"][0]["results"][0]["dataset"]["type"] == "org/private_rows"
     with RunFolder(run / "after").recording("evaluate", {"data": official}):
         pass
     with RunFolder(run / "train").recording("train", {"data": official, "model": "org/base"}):
