@@ -38,11 +38,10 @@ from rankwise.train.checkpoints import (
 from rankwise.train.gradient_table import PHASES_TABLE, TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.job import Job
-from rankwise.train.reporting import TENSORBOARD_FOLDER
 from rankwise.train.trainer import RankwiseTrainer
 
 Config = TypeVar("Config", FinetuneConfig, TrainConfig)
-OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE, TENSORBOARD_FOLDER)
+TABLES = (TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)
 OF_A_PART = ("resume_from_checkpoint", "allow_partial_resume", "yes")
 PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
@@ -58,6 +57,7 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     checkpoint = resume_point(asked, folder, job.identity, allow_partial=partial, processes=processes)
     if index == 0 and checkpoint is None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
+        refuse_foreign(earlier_run(config))
     about_to_write()  # weights are loaded next: what is refused before them, a dry run has refused by now
     return checkpoint
 
@@ -67,6 +67,7 @@ def check_folder(config: FinetuneConfig | TrainConfig) -> None:
     folder = Path(config.output_dir)
     if process_index()[0] == 0 and goes_on_from(config.resume_from_checkpoint, folder) is None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
+        refuse_foreign(earlier_run(config))
 
 
 def finished_checkpoints(config: FinetuneConfig | TrainConfig) -> list[Path]:
@@ -87,8 +88,22 @@ def going_on(config: Config, *, unchanged: bool) -> Config:
 
 
 def earlier_run(config: FinetuneConfig | TrainConfig) -> Aside:
-    """Files of an earlier run that a fresh one replaces in its folder."""
-    return Aside(Path(config.output_dir), OF_A_RUN)
+    """Files of an earlier run that a fresh one replaces in its folder. What trackers were told stays with them."""
+    folder = Path(config.output_dir)
+    return Aside(folder, (*(entry.name for entry in checkpoints(folder)), CONFIG, *TABLES))
+
+
+def refuse_foreign(earlier: Aside) -> None:
+    """UsageError where a fresh run would delete what bears a run's names and no run has left: no config beside it, and
+    no manifest in it."""
+    if (earlier.folder / CONFIG).is_file() or earlier.place.is_dir():
+        return
+    foreign = [entry.name for entry in earlier.there() if not (entry / MANIFEST).is_file()]
+    if foreign:
+        raise UsageError(
+            f"{earlier.folder}: {', '.join(foreign[:3])} would be replaced, and without a {CONFIG} beside them they "
+            "are no earlier run's; move them away, or choose another --output_dir"
+        )
 
 
 def train_job(

@@ -28,7 +28,7 @@ from rankwise.train.gradients import GradientNorms
 from rankwise.train.phases import PhaseKeeper
 
 TRACKERS_STATE = "trackers.json"
-TENSORBOARD_FOLDER = "runs"
+TENSORBOARD_FOLDER = "tensorboard"
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm")
 # Tracker → environment variables of its project, and of its run's id, which mlflow gives itself.
 PROJECT_OF = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
@@ -204,9 +204,9 @@ class Tracked:
         return self.trackers.ids.setdefault(self.name, secrets.token_hex(8))
 
     def open_tensorboard(self, args: TrainingArguments, state: TrainerState) -> None:
-        """A folder per run; what an interrupted part wrote after the checkpoint is not shown."""
+        """A folder per run; of an earlier one of this name only what came before the checkpoint is shown."""
         folder = self.tracker.logging_dir or Path(args.output_dir) / TENSORBOARD_FOLDER
-        purge = state.global_step + 1 if self.trackers.resumed else None
+        purge = state.global_step + 1 if self.trackers.resumed else 0
         self.tracker.tb_writer = self.tracker._SummaryWriter(
             log_dir=str(Path(folder) / self.trackers.name(args)), purge_step=purge
         )

@@ -25,7 +25,7 @@ from rankwise.files.atomic import PLACE, Aside
 from rankwise.options.commands import EvaluateConfig, TrainConfig
 from rankwise.options.sections import ScoredData
 from rankwise.train.checkpoints import MANIFEST, checkpoints
-from rankwise.train.launch import OF_A_RUN, earlier_run
+from rankwise.train.launch import earlier_run
 from rankwise.train.trainer import RankwiseTrainer
 
 Tree = dict[str, bytes]
@@ -128,10 +128,39 @@ def test_a_run_that_has_begun_replaces_the_earlier_one(base: Path, data: Path, t
 def test_what_a_killed_process_left_aside_comes_back(base: Path, data: Path, tmp_path: Path) -> None:
     assert cli.main(words("train", base, data, tmp_path)) == 0
     before = tree(tmp_path)
-    Aside(tmp_path, OF_A_RUN).take()  # and then the power goes
+    earlier_run(TrainConfig(output_dir=str(tmp_path))).take()  # and then the power goes
     assert not checkpoints(tmp_path)
     assert cli.main(words("train", base, data, tmp_path)) == 2, "the earlier run is in the way, as it was before"
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--report_to", "tensorboard"]])
+def test_a_folder_of_another_program_survives_a_run_in_it(
+    more: list[str], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Also a run that replaces the one before it there."""
+    if more:
+        pytest.importorskip("tensorboard")
+    for name in ("runs/mine", "tensorboard/mine", "checkpoint-best", "checkpoint-1-old", "plots.old"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "events.out.tfevents.1").write_text("all there is")
+    before = tree(tmp_path)
+    for again in ([], ["--overwrite"]):
+        assert cli.main(words("train", base, data, tmp_path, *more, *again)) == 0
+        assert before.items() <= tree(tmp_path).items()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == (3 if more else 1), "a tracker keeps both runs"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "training_log.csv", "phases.csv"])
+def test_what_no_run_has_left_is_refused_and_stays(
+    name: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("another program's")
+    for more in ([], ["--overwrite"]):
+        assert cli.main(words("train", base, data, tmp_path, *more)) == 2
+        assert f"{name.partition('/')[0]} would be replaced" in capsys.readouterr().err
+        assert tree(tmp_path) == {name: b"another program's"}
 
 
 # --- features --------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def logged(folder: Path) -> dict[int, float]:
 
 def test_tensorboard_has_one_run_with_every_step_once(run: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (folder,) = (run / "run" / "runs").iterdir()
+    (folder,) = (run / "run" / "tensorboard").iterdir()
     found = events.EventAccumulator(str(folder)).Reload()
     losses = {event.step: event.value for event in found.Scalars("train/loss")}
     assert losses == pytest.approx(logged(run)) and len(found.Scalars("train/loss")) == 4
