@@ -245,14 +245,15 @@ ORIGINS = {CONFIG_NAME: "base_model_name_or_path", "sites.json": "model_name", "
 
 
 def without_paths(place: Path, files: Sequence[str], base: str | None) -> dict[str, bytes]:
-    """Name → content of the configs that name their base by a path: by --base_model, or by the path's last part. The
-    files on this machine stay as they are."""
+    """Name → content of the configs that go out with another name of their base: --base_model, else a path's last part.
+    The files on this machine stay as they are."""
     changed = {}
     for name, key in ORIGINS.items():
         content = read_object(place / name) if name in files else {}
         origin = content.get(key)
-        if origin and not HUB_ID.fullmatch(str(origin)):
-            content |= {key: base or Path(origin).name}
+        told = base or facts.public(str(origin))
+        if origin and told != origin:
+            content |= {key: told}
             changed[name] = (json.dumps(content, indent=2, sort_keys=name == CONFIG_NAME) + "\n").encode()
     return changed
 

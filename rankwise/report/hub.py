@@ -5,7 +5,7 @@
 
 What the repository holds already is compared by size and hash and not sent again. Every large file is a commit of its
 own, so an interruption costs at most the file on its way (of which the hub's own chunk storage keeps what has arrived);
-small files and the card go together, last: a repository with this card is complete.
+small files and the card go together, last: in a first upload the repository has a card only once it is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from rankwise.errors import ServiceError, UsageError
+from rankwise.errors import DataError, ServiceError, UsageError
 from rankwise.files.atomic import sha256
 from rankwise.files.checkpoint import HUB_ID
 
@@ -70,21 +70,25 @@ def upload(what: Upload) -> str:
     """Create the repository where there is none, send what it lacks; returns its address.
 
     The token is the one that `hf auth login` or HF_TOKEN has left. ServiceError, without any token in it, where the hub
-    refuses or is not there; what was committed by then stays, and a second call sends only the rest.
+    refuses or is not there; what was committed by then stays, and a second call sends only the rest. DataError where a
+    file here cannot be read.
     """
     names = [*what.files, CARD]
+    with local_errors(what.folder):
+        adding = {name: CommitOperationAdd(name, what.content(name)) for name in names}
     with hub_errors(what.repository):
         api = HfApi()
         address = api.create_repo(what.repository, repo_type="model", private=what.private or None, exist_ok=True)
         there = {one.path: one for one in api.get_paths_info(what.repository, names) if isinstance(one, RepoFile)}
+    with local_errors(what.folder):
         missing = [name for name in names if not is_same(what.content(name), there.get(name))]
-        if len(missing) < len(names):
-            print(f"already there: {len(names) - len(missing)} of {len(names)} files")
         large = [name for name in missing if what.size(name) >= LARGE]
+    if len(missing) < len(names):
+        print(f"already there: {len(names) - len(missing)} of {len(names)} files")
+    with hub_errors(what.repository):
         for group in [*([name] for name in large), [name for name in missing if name not in large]]:
-            operations = [CommitOperationAdd(name, what.content(name)) for name in group]
-            if operations:
-                api.create_commit(what.repository, operations, commit_message=MESSAGE)
+            if group:
+                api.create_commit(what.repository, [adding[name] for name in group], commit_message=MESSAGE)
     return str(address)
 
 
@@ -101,6 +105,15 @@ def is_same(content: bytes | Path, there: RepoFile | None) -> bool:
         return bool(own == there.lfs.sha256)
     data = content.read_bytes() if isinstance(content, Path) else content
     return bool(hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id)
+
+
+@contextmanager
+def local_errors(folder: Path) -> Iterator[None]:
+    """Files that cannot be read are not the hub's. ValueError is how huggingface_hub reports one that has gone."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not uploaded: {error}; make the file readable, then run it again") from error
 
 
 @contextmanager

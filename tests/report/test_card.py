@@ -22,7 +22,7 @@ from tiny import tiny_llama
 from rankwise.cli import main
 from rankwise.data.sources import table
 from rankwise.data.sources.official import Download
-from rankwise.errors import ServiceError, UsageError
+from rankwise.errors import DataError, ServiceError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import sha256
 from rankwise.files.run_folder import SITES, RunFolder
@@ -320,6 +320,40 @@ def test_nothing_of_this_machine_is_in_what_is_sent(
         assert "secret_place" in (run / "train" / "adapter_config.json").read_text(), "the file here is as it was"
 
 
+def test_a_base_named_by_a_relative_path_is_not_sent_as_a_hub_id(
+    run: Path, api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = run / "train" / "adapter_config.json"
+    words = ["card", str(run), "--files", "adapter", "--push_to_hub", "org/tiny"]
+    for named, more, sent in (
+        ("models/base", [], b'"base"'),
+        ("models/base", ["--base_model", "org/base"], b'"org/base"'),
+        ("org/old_name", ["--base_model", "org/base"], b'"org/base"'),
+    ):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        assert main([*words, *more]) == 0
+        assert b'"base_model_name_or_path": ' + sent in api.sent["commit"]["adapter_config.json"]
+
+
+def test_a_file_that_cannot_be_read_is_not_the_hubs_fault(
+    api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = Upload("org/tiny", tmp_path, ("config.json",), "the card")
+    with pytest.raises(DataError, match=r"config\.json"):
+        upload(what)
+    assert api.calls == [], "before the repository is made"
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied", "config.json")
+
+    monkeypatch.setattr(hub, "is_same", refuse)
+    with pytest.raises(DataError, match=r"Permission denied.*make the file readable"):
+        upload(what)
+
+
 def test_without_a_token_nothing_is_made(
     run: Path, loopback: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,6 +466,11 @@ def test_only_what_the_hub_knows_is_a_data_set_of_the_hub(official: Path, tmp_pa
     for data in (official, official.parent, Path(shutil.copyfile(official, tmp_path / "mine.csv"))):
         assert hub_dataset(recorded(tmp_path, data)) == "tuetschek/e2e_nlg", data
     assert hub_dataset(recorded(tmp_path, "hf://org/rows")) == hub_dataset(recorded(tmp_path, "org/rows")) == "org/rows"
+    (official.parent / "README.md").write_text("# E2E\n")
+    assert hub_dataset(recorded(tmp_path, official.parent)) == "tuetschek/e2e_nlg"
+    (official.parent / "devset.csv").write_text("mr,ref\nname[mine],mine\n")
+    assert hub_dataset(recorded(tmp_path, official.parent)) is None, "rows of its own beside the official file"
+    (official.parent / "devset.csv").unlink()
     entry = recorded(tmp_path, official.parent)
     official.write_text(official.read_text() + "name[y],y\n")
     for other in (entry, recorded(tmp_path, official), recorded(tmp_path, official.parent), None):

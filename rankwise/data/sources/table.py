@@ -250,13 +250,16 @@ def first_of(folder: Path, names: Collection[str]) -> Path | None:
 
 def official_on_hub(path: Path, recorded: str | None) -> str | None:
     """The hub id of the data set whose official file was read, told by its content: the fingerprint on record, or that
-    of the path where it is still what was recorded (a folder of official files, a large archive)."""
+    of the path where it is still what was recorded (a large archive, a folder in which all data are official files of
+    one data set: which of them were read is not on record)."""
     names = {name: each for each in SOURCES.values() for split in each.files for name in each.sought(split).all_names}
     official = {each.sha256: names[each.name].name for each in OFFICIAL}
     found = official.get(recorded or "")
     if not found and recorded and path.exists() and fingerprint(path) == recorded:
-        files = [path / each.name for each in OFFICIAL] if path.is_dir() else [path]
+        inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        files = [file for file in inside if file.suffix.lower() in ROWS or is_archive(file)]
         sizes = {each.size for each in OFFICIAL}
-        here = [file for file in files if file.is_file() and file.stat().st_size in sizes]
-        found = next((official[mark] for mark in map(sha256, here) if mark in official), None)
+        if all(file.stat().st_size in sizes for file in files):
+            kinds = {official.get(sha256(file)) for file in files}
+            found = kinds.pop() if len(kinds) == 1 else None
     return ON_HUB.get(found or "")
