@@ -445,6 +445,7 @@ def test_a_missing_checkpoint_is_bad_data(capsys: pytest.CaptureFixture[str], tm
 ELSEWHERE = {  # of other programs: pip, torchrun, accelerate, llama.cpp and its converter
     *("no_deps no_binary no_build_isolation require_hashes no_input hash force_reinstall".split()),
     *("nproc_per_node standalone use_fsdp outfile model_name ctx_size parallel override_kv in_file".split()),
+    *("reinstall upgrade torch_backend verbose".split()),
     *("version option help help_all dry_run depth_ lora_scaled merge".split()),
 }
 
