@@ -59,6 +59,7 @@ def on_config(config: MkDocsConfig) -> None:
         {"Measurements": ["benchmarks/README.md", *map(repository_path, results())]},
         {"Changelog": "CHANGELOG.md"},
         {"Contributing": "CONTRIBUTING.md"},
+        {"Security": "SECURITY.md"},
     ]
     config.nav = [{"Rankwise": "index.md"}, *({part: pages} for part, pages in parts.items())]
 
@@ -95,7 +96,13 @@ def site_path(path: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.remove(files.src_uris["README.md"])  # mkdocs would take it for the home page
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        ROOT / "benchmarks" / "README.md",
+    ]
     pages += [*results(), *(ROOT / "docs").rglob("*.md")]
     linked = {path for page in pages for path in targets(page)}
     for path in dict.fromkeys([*map(repository_path, pages), *sorted(linked)]):

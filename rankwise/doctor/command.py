@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import util
@@ -130,16 +131,21 @@ def asked_together(probes: Sequence[str]) -> tuple[list[Any], str]:
     """(what the probes returned up to the first that failed, why it did), from a process that imports from where this
     one does."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # matplotlib would make its folder in the home
+    environment = {"MPLCONFIGDIR": scratch.name} | environment
     command = [sys.executable, "-P", "-W", "ignore", "-m", "rankwise.doctor.probes", *probes]
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
+    with (
+        scratch,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
         try:
             said, complaint = process.communicate(timeout=LONGEST_S)
             error = ended(process.returncode, complaint)
@@ -249,6 +255,7 @@ def extra_lines(rows: Sequence[Any], failed: dict[str, str]) -> Iterator[Diagnos
         faults += [f"without it, out of use: {without}"] if without else []
         how = "--force-reinstall " if errors else ""
         names = [f"rankwise[{extra}]"] if missing or not errors else list(errors)
+        faults += ["install it in an environment of its own: it pins torch"] if extra == "vllm" else []
         yield Diagnosis(f"extra {extra}", "note", "; ".join(faults), pip(*names, how=how))
 
 

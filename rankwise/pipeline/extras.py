@@ -31,7 +31,8 @@ class Extra:
     """A module that is not in the minimal install, the commands that need it, and when they do.
 
     flag: what asks for it, as a command line says it. brings: the extra in brackets, or the package, that brings it
-    [the package of the module's name]. instead: an option that does without.
+    [the package of the module's name]. instead: an option that does without. by_stage: required by the stage's
+    `check_installed`, after it has refused what cannot work with the module either.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Extra:
     asked: Callable[[Told], bool] = lambda told: True
     brings: str = ""
     instead: str = ""
+    by_stage: bool = False
 
     def require(self) -> None:
         extra = self.brings[1:-1] if self.brings.startswith("[") else ""
@@ -157,7 +159,7 @@ EXTRAS = (
     Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
     Extra("scipy.stats", ("evaluate",), "scores of --task", scores, "[eval]"),
     Extra("lm_eval", ("evaluate",), "--task lm_eval:…", lambda told: is_harness(told.task), "[harness]"),
-    Extra("vllm", ("evaluate",), "--engine vllm", lambda told: told.engine == "vllm", "[vllm]"),
+    Extra("vllm", ("evaluate",), "--engine vllm", lambda told: told.engine == "vllm", "[vllm]", by_stage=True),
     Extra("openai", ("label",), "a teacher model", asks_teacher, "[label]"),
     Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
@@ -177,5 +179,5 @@ def require_extras(command: str, config: Any) -> None:
     told = Told(flatten(config))
     told[NAMED] = inputs_of(config)
     for extra in EXTRAS:
-        if command in extra.commands and extra.asked(told):
+        if command in extra.commands and not extra.by_stage and extra.asked(told):
             extra.require()

@@ -44,7 +44,7 @@ def stand_ins(folder: Path, **contents: str) -> Path:
     """A folder for PYTHONPATH with a module for each package; contents: of those that are not empty."""
     for row in packages():
         name = command.module_of(row["name"])
-        if row["installed"] and name not in ("psutil", "safetensors", "filelock", "tqdm", "yaml"):
+        if row["installed"] and name not in ("psutil", "safetensors", "filelock", "tqdm", "yaml", "huggingface_hub"):
             (folder / name).mkdir(parents=True, exist_ok=True)
             text = {"torch": TORCH.format(devices=0)} | contents
             (folder / name / "__init__.py").write_text(text.get(name, ""))
@@ -89,7 +89,10 @@ def test_here_everything_that_is_needed_is_found(tmp_path: Path) -> None:
         assert lines[name]["state"] == "ok", lines[name]
     vllm = lines["extra vllm"]
     if vllm["state"] == "note":
-        assert vllm["found"] == "not installed: vllm; without it, out of use: --engine vllm (evaluate)"
+        assert vllm["found"].startswith(
+            "not installed: vllm; without it, out of use: --engine vllm (evaluate); install"
+        )
+        assert "in an environment of its own" in vllm["found"]
         assert vllm["remedy"] == "pip install 'rankwise[vllm]'"
 
 

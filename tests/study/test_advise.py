@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import processes
@@ -417,9 +418,9 @@ def test_the_real_run_takes_its_rows_and_epochs_at_the_measured_seconds(finished
     found = json.loads((finished / "advice.json").read_text())["cost"]
     assert found["rows"] == round(0.95 * 110)
     assert found["steps"] == 3 * math.ceil(found["rows"] / 4)
-    (alone,) = [row for row in Ledger(finished).rows.values() if row["batch"] == 1 and row["rung"] == "A"][:1]
-    per_token = alone["training_seconds"] / alone["tokens"]
-    assert found["seconds"] == pytest.approx(3 * found["rows"] * found["tokens_per_row"] * per_token, rel=0.5)
+    alone = [row for row in Ledger(finished).rows.values() if row["batch"] == 1]
+    per_token = median(row["training_seconds"] / row["tokens"] for row in alone)
+    assert found["seconds"] == pytest.approx(3 * found["rows"] * found["tokens_per_row"] * per_token)
     assert found["peak_bytes"] > 2**20
 
 
