@@ -16,7 +16,11 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-SECRET = re.compile(r"api_?key|password|secret|token", re.IGNORECASE)
+# Names of what is secret, variables and options alike; `max_tokens`, `tokenizer` and `pad_token` are none of them.
+SECRET = re.compile(
+    r"(api|access|private|auth)_?key|passw|secret|credential|(?<!(bos|eos|pad|unk|sep|cls)_)(?<!mask_)token(?!s|iz|_id)",
+    re.IGNORECASE,
+)
 SHORTEST = 8  # characters: a shorter value would strike out ordinary words
 BLOCK = 2**16
 NOWHERE = -1

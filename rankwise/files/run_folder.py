@@ -31,12 +31,17 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import about_to_write, fingerprint, read_if_there, read_object, rehearsing, write_json
 from rankwise.files.document import Document
 from rankwise.files.gguf import SOURCE
+from rankwise.files.log_copy import SECRET
 from rankwise.files.monitor import PeakMemory
 from rankwise.files.processes import process_index
 from rankwise.files.versions import versions
 from rankwise.options.field import flatten
 
-SECRET = re.compile(r"api_?key|password|secret|(access|hf|hub|auth)_token", re.IGNORECASE)
+# user:password@ and queries of addresses; a password with any sign in it but a space
+USER = re.compile(
+    r"(?<=://)([^\s/:?#@]*:\S*|[^\s/?#@]*)@|(?<![^\s\"'=,\[])[^\s/:?#@]+:(?!//)[^\s@]+@(?=[\w.-]+([:/]|$))"
+)
+QUERY = re.compile(r"(://[^\s?#\"]*)[?#][^\s\"]*|\?[\w.%-]+=[^\s\"]*")
 NOT_SHOWN = "(not shown)"
 
 
@@ -48,6 +53,16 @@ def without_secrets(content: Any, instead: str | None = NOT_SHOWN) -> Any:
             for key, value in content.items()
         }
     return [without_secrets(item, instead) for item in content] if isinstance(content, list) else content
+
+
+def told_outside(content: Any) -> Any:
+    """What another service may be told of settings: nothing whose name is a secret's, no user, password or query of an
+    address in any text."""
+    if isinstance(content, Mapping):
+        return {name: told_outside(value) for name, value in content.items() if not SECRET.search(str(name))}
+    if isinstance(content, (list, tuple)):
+        return [told_outside(value) for value in content]
+    return QUERY.sub(r"\1", USER.sub("", content)) if isinstance(content, str) else content
 
 
 if sys.platform != "win32":

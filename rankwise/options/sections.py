@@ -23,6 +23,7 @@ DEPTH_GATES, DEPTH_LAYOUTS = ("learned", "none"), ("split", "interleaved")
 DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 MAX_SEQ_LENGTH, OVERLONG = 2048, "error"  # where neither an option nor a record says otherwise
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes
+OF_EXTRA_TRACK = ("trackio", "tensorboard", "wandb")  # what pip install rankwise[track] brings
 DROPOUT = 0.05  # of LoRA, where nothing is said and PEFT can
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEED, DEVICE, NO_PNG = "random seed", "auto, cpu or cuda", "write no PNG files"

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.errors import UsageError, need
 from rankwise.options.field import INPUTS, flatten, options_of
-from rankwise.options.sections import is_harness
+from rankwise.options.sections import OF_EXTRA_TRACK, is_harness
 from rankwise.pipeline.idle import Told, hands_off
 from rankwise.pipeline.table import COMMANDS
 
@@ -134,7 +134,7 @@ OPTIMIZERS = {
 
 
 def tracker(name: str, module: str) -> Extra:
-    brings = "[track]" if name in ("trackio", "tensorboard", "wandb") else ""
+    brings = "[track]" if name in OF_EXTRA_TRACK else ""
     return Extra(module, TRAINERS, f"--report_to {name}", reports_to(name), brings, "--report_to none")
 
 

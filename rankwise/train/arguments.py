@@ -21,11 +21,10 @@ from rankwise.errors import UsageError, need
 from rankwise.files.processes import announce
 from rankwise.models.load import warn_if_slow
 from rankwise.options.field import Option, Range, hints_of, plain_types, unknown
-from rankwise.options.sections import LoraSection
+from rankwise.options.sections import OF_EXTRA_TRACK, LoraSection
 
 SECTION = "training arguments (transformers)"
 OLDER = "older names"
-OF_EXTRA_TRACK = ("trackio", "tensorboard", "wandb")
 SHARE, AGAIN = Range(least=0, below=1), ("overwrite_output_dir",)
 
 # New name → names that mean exactly the same.

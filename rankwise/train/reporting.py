@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from rankwise.errors import UsageError
 from rankwise.files.atomic import read_if_there, write_json
+from rankwise.files.run_folder import told_outside
 from rankwise.page.progress import progress
 from rankwise.train.gradient_table import GROUP_OF
 from rankwise.train.gradients import GradientNorms
@@ -31,10 +31,15 @@ TRACKERS_STATE = "trackers.json"
 TENSORBOARD_FOLDER = "tensorboard"
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm")
 # Tracker → environment variables of its project, and of its run's id, which mlflow gives itself.
-PROJECT_OF = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
-RUN_OF = {"wandb": "WANDB_RUN_ID", "mlflow": "MLFLOW_RUN_ID"}
-SECRET = re.compile(r"(^|_)(token|key|password|secret)$")
-WITHOUT = {"wandb": " WANDB_MODE=offline needs none"}
+PROJECT_OF = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "swanlab": "SWANLAB_PROJECT"}
+RUN_OF = {"wandb": "WANDB_RUN_ID", "mlflow": "MLFLOW_RUN_ID", "swanlab": "SWANLAB_RUN_ID"}
+RESUME_OF = {"wandb": "WANDB_RESUME", "swanlab": "SWANLAB_RESUME"}
+INSTEAD = {
+    "wandb": "WANDB_MODE=offline needs no key",
+    "swanlab": "SWANLAB_MODE=offline needs no key",
+    "tensorboard": "TENSORBOARD_LOGGING_DIR names another folder",
+    "trackio": "TRACKIO_DIR names another folder",
+}
 UNFINISHED = ("wandb", "swanlab")
 TEXTS = ("tensorboard", "trackio", "wandb")  # they take texts among the values
 
@@ -86,12 +91,12 @@ class Trackers(TrainerCallback):
     """The trackers of a run: what they are told beside the Trainer's log, and which of their runs it is.
 
     Args:
-        config: option → value, and figures of what is trained; secrets are left out here.
+        config: option → value, and figures of what is trained.
         gradients, phases: those of the run.
     """
 
     def __init__(self, config: Mapping[str, Any], gradients: GradientNorms | None, phases: PhaseKeeper | None) -> None:
-        told = {name: value for name, value in config.items() if value is not None and not SECRET.search(name)}
+        told = {name: value for name, value in told_outside(config).items() if value is not None}
         self.config = {f"rankwise/{name}": plain(value) for name, value in told.items()}
         self.gradients, self.phases = gradients, phases
         self.run = secrets.token_hex(4)
@@ -152,16 +157,18 @@ class Tracked:
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **rest: Any) -> None:
         told = Arguments(args, self.trackers)
-        if self.name == "tensorboard" and state.is_world_process_zero:
-            self.open_tensorboard(args, state)
         with environment(self.settings(args)):
-            if self.name == "swanlab" and state.is_world_process_zero:
-                self.open_swanlab(told)
             try:
+                if self.name == "tensorboard" and state.is_world_process_zero:
+                    self.open_tensorboard(args, state)
+                if self.name == "swanlab" and state.is_world_process_zero:
+                    self.open_swanlab(told)
                 self.tracker.on_train_begin(told, state, control, **rest)
-            except self.errors() as error:
-                first = next(iter(str(error).splitlines()), type(error).__name__)
-                raise UsageError(f"--report_to {self.name}: {first}{WITHOUT.get(self.name, '')}") from error
+            except Exception as error:  # each tracker has its own for no key, no server, no folder to write into
+                first = told_outside(next(iter(str(error).splitlines()), "")) or type(error).__name__
+                remedies = [INSTEAD[self.name]] if self.name in INSTEAD else []
+                remedies.append("or leave it out: --report_to none")
+                raise UsageError("; ".join([f"--report_to {self.name}: {first}", *remedies])) from error
         if self.name == "mlflow" and state.is_world_process_zero:
             self.trackers.ids["mlflow"] = self.tracker._ml_flow.active_run().info.run_id
 
@@ -188,20 +195,18 @@ class Tracked:
     def settings(self, args: TrainingArguments) -> dict[str, str]:
         """Environment variables by which the tracker takes its project and its run; the user's own go before."""
         found = {PROJECT_OF[self.name]: args.project} if self.name in PROJECT_OF else {}
-        if self.name == "wandb":
-            found |= {RUN_OF["wandb"]: self.own_id(), "WANDB_RESUME": "allow"}
+        if self.name == "swanlab" and "SWANLAB_PROJ_NAME" in os.environ:
+            found = {PROJECT_OF["swanlab"]: os.environ["SWANLAB_PROJ_NAME"]}
+        if self.name in RESUME_OF:
+            found |= {RUN_OF[self.name]: self.own_id(), RESUME_OF[self.name]: "allow"}
         elif self.name == "mlflow" and self.name in self.trackers.ids:
             found[RUN_OF[self.name]] = self.trackers.ids[self.name]
         return found
 
-    def errors(self) -> tuple[type[Exception], ...]:
-        """What the tracker raises where it cannot begin: no key, say, or no server at the address."""
-        if self.name == "wandb":
-            return (self.tracker._wandb.Error,)
-        return (self.tracker._ml_flow.MlflowException,) if self.name == "mlflow" else ()
-
     def own_id(self) -> str:
-        return self.trackers.ids.setdefault(self.name, secrets.token_hex(8))
+        ids = self.trackers.ids
+        ids[self.name] = os.environ.get(RUN_OF[self.name]) or ids.get(self.name) or secrets.token_hex(8)
+        return ids[self.name]
 
     def open_tensorboard(self, args: TrainingArguments, state: TrainerState) -> None:
         """A folder per run; of an earlier one of this name only what came before the checkpoint is shown."""
@@ -219,7 +224,9 @@ class Tracked:
         except RuntimeError:
             there = False
         if not there:
-            swanlab.init(project=args.project, experiment_name=args.run_name, id=self.own_id(), resume="allow")
+            asked = args.arguments.run_name or os.environ.get("SWANLAB_EXP_NAME") or args.run_name
+            project, run, resume = (os.environ[of["swanlab"]] for of in (PROJECT_OF, RUN_OF, RESUME_OF))
+            swanlab.init(project=project, experiment_name=asked, id=run, resume=resume)
 
 
 class Arguments:
@@ -233,7 +240,8 @@ class Arguments:
         return getattr(self.arguments, name)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.arguments.to_dict(), "run_name": self.run_name, **self.trackers.config}
+        told: dict[str, Any] = told_outside({**self.arguments.to_dict(), "run_name": self.run_name})
+        return {**told, **self.trackers.config}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, default=str)

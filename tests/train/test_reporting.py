@@ -149,15 +149,97 @@ def test_a_resumed_run_is_the_same_one_and_secrets_stay_here(
     )
 
 
-@pytest.mark.parametrize(("name", "said"), [("wandb", "no key.*WANDB_MODE=offline"), ("mlflow", "no key")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wandb", "no key.*WANDB_MODE=offline"),
+        ("mlflow", "no key"),
+        ("swanlab", "no key.*SWANLAB_MODE=offline"),
+        ("trackio", "no key.*TRACKIO_DIR"),
+    ],
+)
 def test_a_tracker_that_cannot_begin_is_an_error_in_a_sentence(name: str, said: str, tmp_path: Path) -> None:
     class Keyless(Fake):
+        _swanlab = SimpleNamespace(get_run=lambda: True)
+
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             raise KeyError("no key")
 
     tracked = Tracked(name, Keyless(), Trackers({}, None, None))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=f"--report_to {name}: .*{said}"):
         tracked.on_train_begin(SimpleNamespace(output_dir=str(tmp_path), run_name=None, project="p"), STATE, None)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_tensorboard_cannot_write_is_a_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    out = run / "in_the_way"
+    out.mkdir()
+    (out / "tensorboard").write_text("a file")
+    line = f"train --model_name {run}/base --task e2e_nlg --data_path {run}/trainset.csv --max_steps 1 -o {out}"
+    assert cli.main([*line.split(), "--use_cpu", "--no_plots", "--report_to", "tensorboard"]) == 2
+    said = capsys.readouterr().err
+    assert "--report_to tensorboard: " in said and f"{out}/tensorboard" in said and "TENSORBOARD_LOGGING_DIR" in said
+    assert "Traceback" not in said and (out / "tensorboard").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ("mine", "run", None, "allow")),
+        (
+            {"SWANLAB_PROJECT": "p", "SWANLAB_RUN_ID": "r", "SWANLAB_EXP_NAME": "e", "SWANLAB_RESUME": "must"},
+            ("p", "e", "r", "must"),
+        ),
+        ({"SWANLAB_PROJ_NAME": "q"}, ("q", "run", None, "allow")),
+    ],
+)
+def test_variables_of_swanlab_go_before_ours(
+    variables: dict[str, str], expected: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PROJECT", "PROJ_NAME", "RUN_ID", "EXP_NAME", "RESUME"):
+        monkeypatch.delenv(f"SWANLAB_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    begun: list[dict[str, Any]] = []
+
+    def no_run() -> NoReturn:
+        raise RuntimeError("no run has been initialized")
+
+    fake: Any = Fake()
+    fake._swanlab = SimpleNamespace(get_run=no_run, init=lambda **rest: begun.append(rest))
+    trackers = Trackers({}, None, None)
+    arguments: Any = SimpleNamespace(output_dir=str(tmp_path / "run"), run_name=None, project="mine", to_dict=dict)
+    Tracked("swanlab", fake, trackers).on_train_begin(arguments, STATE, None)
+    project, name, run, resume = expected
+    assert begun[0]["project"] == project and begun[0]["resume"] == resume
+    assert begun[0]["experiment_name"] == (name if name == "e" else f"run-{trackers.run}")
+    assert begun[0]["id"] == trackers.ids["swanlab"] and run in (None, begun[0]["id"])
+    assert {name: os.environ[name] for name in os.environ if name.startswith("SWANLAB_")} == variables
+
+
+def test_secrets_and_addresses_with_passwords_reach_no_tracker(tmp_path: Path) -> None:
+    hidden = dict.fromkeys(("API_KEY", "api_key_file", "HF_TOKEN", "hub_token", "dbPassword", "MYTOKEN"), "5ecret")
+    shown = {"max_tokens": "3", "tokenizer_name": "t", "pad_token": "<pad>", "path": "C:/data", "at": "hf://d/a@main/x"}
+    data = "https://me:5ecret@host/rows.csv?sig=5ecret#5ecret"
+    texts = {
+        "data_path": data,
+        "odd": "s3://5ecret@bucket/x ftp://u:5e/c?r#e@5ecret@host/y",
+        "server": "me:5ecret@host:80/v1",
+        "bare": "me:5ecret@host",
+        "signed": "host/rows.csv?sig=5ecret",
+        "several": [data, {"deep": data, "token": "5ecret"}],
+    }
+    arguments: Any = SimpleNamespace(output_dir=str(tmp_path), run_name=None, project="p")
+    arguments.to_dict = lambda: {**hidden, **texts, **shown}
+    fake: Any = Fake()
+    Tracked("wandb", fake, Trackers({**hidden, **texts, **shown}, None, None)).on_train_begin(arguments, STATE, None)
+    (config, _) = fake.told.pop()
+    assert "5ecret" not in str(config) and "me:" not in str(config)
+    for prefix in ("", "rankwise/"):
+        assert config[f"{prefix}data_path"] == "https://host/rows.csv" and config[f"{prefix}server"] == "host:80/v1"
+        assert config[f"{prefix}odd"] == "s3://bucket/x ftp://host/y"
+        assert {name: config[prefix + name] for name in shown} == shown
+        assert not {prefix + name for name in hidden} & config.keys()
 
 
 def test_names_of_trackers() -> None:
