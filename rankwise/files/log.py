@@ -20,6 +20,7 @@ from pathlib import Path
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.files import log_copy
 from rankwise.files.log_copy import NOWHERE, Lines, secrets_of
+from rankwise.options.field import SECRET
 
 STREAMS = (1, 2)
 PATIENCE = 5.0  # seconds for the copying to end: a child that outlives the block keeps it open
@@ -72,7 +73,7 @@ def copier(path: Path, targets: Mapping[int, int]) -> Iterator[tuple[subprocess.
     words = [f"{reading}:{target}" for target, (reading, _) in pipes.items()]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", log_copy.__file__, str(path), sys.stdout.encoding, *words],
+            [sys.executable, "-I", log_copy.__file__, str(path), sys.stdout.encoding, SECRET.pattern, *words],
             pass_fds=[reading for reading, _ in pipes.values()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal is for the run, not for its log
@@ -122,6 +123,6 @@ def last_words(error: BaseException) -> str:
 
 
 def append(path: Path, text: str) -> None:
-    lines = Lines(secrets_of(os.environ))
+    lines = Lines(secrets_of(os.environ, SECRET))
     with path.open("ab") as stream:
         stream.write(b"".join(lines.add(text.encode(errors="surrogateescape"))))

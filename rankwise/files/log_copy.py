@@ -1,10 +1,10 @@
 """The process that copies a run's output to its log file. `log.py` starts it as a script: standard library only.
 
-python log_copy.py LOG cp1252 5:1 6:2      # what comes from descriptor 5 goes to 1 and to LOG, from 6 to 2 and LOG
+python log_copy.py LOG cp1252 SECRET 5:1 6:2  # what comes from descriptor 5 goes to 1 and to LOG, from 6 to 2 and LOG
 
 A process of its own, because whatever happens to the run (a kill, an abort in native code) its last words must still
 reach the file. It ends when every writer has gone. Of a progress bar, which overwrites its line, the log gets the last
-state; the values of environment variables that are secrets are struck out. The log is UTF-8, whatever is printed.
+state; the values of environment variables named like SECRET are struck out. The log is UTF-8, whatever is printed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-# Names of what is secret, variables and options alike; `max_tokens`, `tokenizer` and `pad_token` are none of them.
-SECRET = re.compile(
-    r"(api|access|private|auth)_?key|passw|secret|credential|(?<!(bos|eos|pad|unk|sep|cls)_)(?<!mask_)token(?!s|iz|_id)",
-    re.IGNORECASE,
-)
 SHORTEST = 8  # characters: a shorter value would strike out ordinary words
 BLOCK = 2**16
 NOWHERE = -1
 
 
-def secrets_of(environment: Mapping[str, str]) -> dict[bytes, bytes]:
+def secrets_of(environment: Mapping[str, str], secret: re.Pattern[str]) -> dict[bytes, bytes]:
     """Value → what stands in its place, longest first."""
-    found = {name: value for name, value in environment.items() if SECRET.search(name) and len(value) >= SHORTEST}
+    found = {name: value for name, value in environment.items() if secret.search(name) and len(value) >= SHORTEST}
     longest = sorted(found, key=lambda name: -len(found[name]))
     return {os.fsencode(found[name]): f"[{name}]".encode() for name in longest}
 
@@ -95,9 +90,9 @@ def pass_on(piece: bytes, target: int) -> int:
 def main(words: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    targets = {int(source): int(target) for source, target in (word.split(":") for word in words[2:])}
+    targets = {int(source): int(target) for source, target in (word.split(":") for word in words[3:])}
     log = os.open(words[0], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    copy(log, words[1], targets, secrets_of(os.environ))
+    copy(log, words[1], targets, secrets_of(os.environ, re.compile(words[2], re.IGNORECASE)))
 
 
 if __name__ == "__main__":

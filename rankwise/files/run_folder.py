@@ -31,11 +31,10 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import about_to_write, fingerprint, read_if_there, read_object, rehearsing, write_json
 from rankwise.files.document import Document
 from rankwise.files.gguf import SOURCE
-from rankwise.files.log_copy import SECRET
 from rankwise.files.monitor import PeakMemory
 from rankwise.files.processes import process_index
 from rankwise.files.versions import versions
-from rankwise.options.field import flatten
+from rankwise.options.field import SECRET, flatten
 
 # user:password@ and queries of addresses; a password with any sign in it but a space
 USER = re.compile(

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -25,6 +26,11 @@ from rankwise.errors import UsageError
 
 PARSERS = {".json": lambda text: json.loads(text, object_pairs_hook=unique), ".toml": tomllib.loads}
 CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
+# Names of what is secret, variables and options alike; `max_tokens`, `tokenizer` and `pad_token` are none of them.
+SECRET = re.compile(
+    r"(api|access|private|auth)_?key|passw|secret|credential|(?<!(bos|eos|pad|unk|sep|cls)_)(?<!mask_)token(?!s|iz|_id)",
+    re.IGNORECASE,
+)
 hints_of = cache(typing.get_type_hints)  # milliseconds each, and a recipe asks for every stage of every change
 INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
 GROUPS = ("model", "data", "method", "output")  # of options, in the order in which `--help` shows them

@@ -30,11 +30,10 @@ from typing import Any
 from rankwise.errors import DataError, Interrupted, RankwiseError, UsageError
 from rankwise.files.atomic import about_to_write, fingerprint, write_json
 from rankwise.files.log import NOBODY, copier, logged
-from rankwise.files.log_copy import SECRET
 from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import STATE, RunFolder, read_marks, write_mark
 from rankwise.options.commands import RunConfig
-from rankwise.options.field import OUTPUTS, flatten, options_of, unknown
+from rankwise.options.field import OUTPUTS, SECRET, flatten, options_of, unknown
 from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight

@@ -24,6 +24,7 @@ from rankwise.files.log import NOBODY, copier, logged, wait
 from rankwise.files.log_copy import Lines, secrets_of
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import RunConfig
+from rankwise.options.field import SECRET
 from rankwise.pipeline import run
 from rankwise.pipeline.run import wait_for
 from rankwise.train.checkpoints import MANIFEST
@@ -106,7 +107,9 @@ def test_of_a_progress_bar_the_last_state_stays() -> None:
 
 
 def test_secrets_are_the_long_values_of_variables_that_say_so() -> None:
-    found = secrets_of({"HF_TOKEN": "hf_123456789", "MY_API_KEY": KEY, "TOKENS": "512", "HOME": "/home/somebody"})
+    found = secrets_of(
+        {"HF_TOKEN": "hf_123456789", "MY_API_KEY": KEY, "TOKENS": "512", "HOME": "/home/somebody"}, SECRET
+    )
     assert found == {KEY.encode(): b"[MY_API_KEY]", b"hf_123456789": b"[HF_TOKEN]"}
     assert list(Lines(found).add(f"use {KEY[:9]}".encode())) == []
     lines = Lines(found)
@@ -127,7 +130,7 @@ def test_the_last_words_of_a_process_that_dies_are_in_the_log(tmp_path: Path) ->
 
 def test_the_copying_process_needs_no_package(tmp_path: Path) -> None:
     """Isolated, and without site-packages: where the package was installed for one user, say."""
-    command = [sys.executable, "-I", "-S", log_copy.__file__, str(tmp_path / "a.log"), "utf-8", "0:1"]
+    command = [sys.executable, "-I", "-S", log_copy.__file__, str(tmp_path / "a.log"), "utf-8", SECRET.pattern, "0:1"]
     done = subprocess.run(command, input=b"a line\n", capture_output=True, check=True)
     assert done.stdout == b"a line\n" == (tmp_path / "a.log").read_bytes()
 
