@@ -227,8 +227,12 @@ def answers(summary: Mapping[str, Any]) -> Iterator[str]:
         told = []
         for name, row in {row["optimizer"]: row for row in tower["changes"]}.items():
             share, noise = (percent(of["share_of_full_rank"]["90"]) for of in (row, row["null"]))
-            kept = f"rank 16 keeps {interval(row['kept']['16'], 100, 0)}" if row["kept"] else "there is none to keep"
-            told.append(f"{name}, {row['step']} steps: {share} (noise: {noise}); of the gain {kept}")
+            kept = (
+                f"of the gain rank 16 keeps {interval(row['kept']['16'], 100, 0)}"
+                if row["kept"]
+                else "the gain is not clear of 0"
+            )
+            told.append(f"{name}, {row['step']} steps: {share} (noise: {noise}); {kept}")
         missing = (
             "" if tower["measured"] == tower["of"] else f" *{tower['measured']} of {tower['of']} measured so far.*"
         )
@@ -281,12 +285,12 @@ def draw(finished: Mapping[str, Finished], summary: Mapping[str, Any], path: Pat
         name_axes(left, f"rank (full: {full})", "share of ‖Δ‖²", f"{title}, {longest} steps: energy at rank r")
         for name in OPTIMIZERS:
             rows = [one for one in summary[title]["changes"] if one["optimizer"] == name and one["kept"]]
-            for place, one in enumerate(rows):
+            for one in rows:
+                place = finished[title].lengths.index(one["step"])  # a length without a gain leaves its look unused
                 points = [one["kept"][str(rank)] for rank in RANKS]
                 at = [rank * (1 + 0.05 * (place - 1)) for rank in RANKS]
                 reach = [[p - low for p, low, _ in points], [high - p for p, _, high in points]]
-                shade = 0.35 + 0.65 * (place + 1) / len(rows)
-                look = {"color": COLOURS[name], "alpha": shade, "linestyle": (":", "--", "-")[place + 3 - len(rows)]}
+                look = {"color": COLOURS[name], "alpha": (0.55, 0.8, 1)[place], "linestyle": (":", "--", "-")[place]}
                 look |= {"marker": "o", "markersize": 3, "linewidth": 1.5, "capsize": 2}
                 right.errorbar(at, [p for p, _, _ in points], reach, label=f"{name}, {one['step']} steps", **look)
         right.axhline(1, color=FAINT, linewidth=1)

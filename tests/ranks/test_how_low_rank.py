@@ -4,6 +4,7 @@ are the measured ones."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_the_documented_figures_are_the_measured_ones() -> None:
     assert doc[: len(page)] == page and all(line in text[2] for line in doc[len(page) :])
     stories, swept = told["stories260K"], json.loads((results / "advise.json").read_text())["e2e"]["sweep"]["losses"]
     rows = {(row["optimizer"], row["step"]): row for row in stories["changes"]}
+    real = [row for name in ("SmolLM2-135M", "DINOv2-S") for row in told[name]["changes"]]
+    share = {
+        name: [row["share_of_full_rank"]["90"] for row in real if row["optimizer"] == name] for name in ("AdamW", "SGD")
+    }
+    assert min(share["AdamW"]) > 0.18 and max(share["AdamW"]) < 0.22 and max(share["SGD"]) < 0.115, "a fifth, a tenth"
+    assert all(0.5 < row["null"]["share_of_full_rank"]["90"] < 0.72 for row in real)
+    assert all(row["kept"]["16"][0] > 0.925 for row in told["SmolLM2-135M"]["changes"])
+    pictures = told["DINOv2-S"]["changes"]
+    assert all(0.37 < row["accuracy"] < 0.495 for row in pictures)
+    assert sum(row["loss"]["tuned"] > math.log(9) for row in pictures) == 3 and f"{math.log(9):.3f}" in text[2]
+    assert {row["step"] for row in pictures if not row["kept"]} == {90}
+    orders = {name: [row["optimizers"][1] for row in tower["correlations"]] for name, tower in told.items()}
+    assert all(0.36 < rho < 0.41 for rho in orders["SmolLM2-135M"])
+    assert min(orders["DINOv2-S"] + orders["stories260K"]) > 0.755
+    probes = [row[f"probes {name}"][1] for tower in told.values() for row in tower["correlations"] for name in share]
+    assert min(probes) > 0.845
     best = {rank: min(loss for loss in swept[rank].values() if loss) for rank in ("4", "16")}
     kept, gain = rows["AdamW", 90]["kept"]["4"][0], rows["AdamW", 90]["gain"][0]
     assert f"keeps {100 * kept:.0f} % of the gain" in text[2].replace("\n  ", " ")
