@@ -217,3 +217,11 @@ def test_every_package_has_a_module_and_every_module_of_an_extra_a_package() -> 
     assert unknown == set()
     assert {brings for brings, _ in brought} == {f"[{extra}]" for extra in extras}
     assert len({probe.__name__ for probe in PROBES}) == len(PROBES)
+
+
+def test_the_home_folder_is_left_alone(tmp_path: Path) -> None:
+    """matplotlib makes its folder in the home where it is imported, unless MPLCONFIGDIR says otherwise."""
+    place = "os.environ.get('MPLCONFIGDIR') or os.path.expanduser('~/.config/matplotlib')"
+    makes = f"import os; os.makedirs({place}, exist_ok=True)"
+    _, _, lines = doctor(stand_ins(tmp_path / "path", matplotlib=makes), HOME=str(tmp_path / "home"))
+    assert lines["extra plots"]["state"] == "ok" and not (tmp_path / "home").exists()
